@@ -1,0 +1,458 @@
+package mitoken
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/oauth2"
+)
+
+// flightTimeout bounds one round of asking an issuer, retries and all. IMDS may
+// be away for 70 seconds while it is upgraded, which a first token waits for.
+const flightTimeout = 2 * time.Minute
+
+// An issuer asks whoever issues tokens for one, now. It does not cache and does
+// not schedule. Its methods are safe for concurrent use.
+type issuer interface {
+	// issue returns a token for the resource. It gives up when ctx is done.
+	issue(ctx context.Context, resource string, r round) (*token, error)
+	// source names who issues: Event.Source.
+	source() string
+}
+
+// A round says what is expected of an issuer this time.
+type round struct {
+	patient bool        // nobody has a token to use meanwhile: retry before giving up
+	renew   bool        // a token is in hand, and one from a cache on the way is of no use
+	claims  string      // what a service demanded of the token (a claims challenge), or empty
+	failed  func(error) // is told of each try that failed
+}
+
+// A token is what an issuer gave.
+type token struct {
+	value     string
+	expiry    time.Time
+	notBefore time.Time     // zero if unknown
+	expiresIn time.Duration // from the issue to expiry; zero if unknown
+}
+
+// A held token is one in the cache, with all that callers get of it made
+// beforehand. It is immutable.
+type held struct {
+	oauth2    *oauth2.Token // shared by all callers
+	header    string        // the value of the Authorization header
+	expiry    time.Time
+	refreshOn time.Time
+	lifetime  time.Duration
+	due       instant // when it is to be refreshed
+	expires   instant // when nobody gets it any more
+}
+
+// A cache holds the tokens of one identity, an entry for each resource. It owns
+// every goroutine and timer there is; close ends them.
+type cache struct {
+	issuer  issuer
+	clock   clock
+	logger  *slog.Logger // nil: silent
+	observe func(Event)  // nil: nobody
+
+	ctx     context.Context // of all flights; done after close
+	cancel  context.CancelFunc
+	flights sync.WaitGroup
+
+	entries atomic.Pointer[map[string]*entry] // copied on write, so that reads take no lock
+	mu      sync.Mutex                        // guards writes of entries
+	named   atomic.Bool                       // the source has been logged
+}
+
+func newCache(issuer issuer, clock clock, logger *slog.Logger, observe func(Event)) *cache {
+	c := &cache{issuer: issuer, clock: clock, logger: logger, observe: observe}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	c.entries.Store(&map[string]*entry{})
+	return c
+}
+
+// lookup returns the entry of a resource, or nil.
+func (c *cache) lookup(resource string) *entry { return (*c.entries.Load())[resource] }
+
+// add returns the entry of a resource, which it makes if there is none.
+func (c *cache) add(resource string) *entry {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := c.lookup(resource); e != nil {
+		return e
+	}
+	entries := maps.Clone(*c.entries.Load())
+	e := &entry{cache: c, clock: c.clock, resource: resource}
+	entries[resource] = e
+	c.entries.Store(&entries)
+	return e
+}
+
+// close ends all flights and timers, and waits until the issuer has returned
+// from the flights.
+func (c *cache) close() {
+	c.mu.Lock()
+	c.cancel()
+	entries := *c.entries.Load()
+	c.mu.Unlock()
+	for _, e := range entries {
+		e.shut()
+	}
+	c.flights.Wait()
+}
+
+// An entry keeps the token of one resource. The states that it goes through are
+// not stored but follow from the token in hand, the time, and next:
+//
+//	empty    no token yet; a caller waits for a flight
+//	fresh    before the refresh is due
+//	due      after it; callers still get the token, and flights try to renew it
+//	expired  a caller waits for a flight, or gets the last error between flights
+type entry struct {
+	cache    *cache
+	clock    clock
+	resource string
+
+	// view is what callers get without looking further. It is all that most
+	// calls touch.
+	view atomic.Pointer[view]
+
+	mu          sync.Mutex // guards what follows; never held while an issuer or a hook runs
+	held        *held      // nil while empty
+	flight      *flight    // the one under way, or nil
+	next        instant    // when to ask next
+	timer       stopper    // wakes the entry; nil if it never slept
+	failures    int        // in a row
+	err         error      // of the last of them; nil if the last attempt was a success
+	lastSuccess time.Time
+	claims      string  // the claims challenge that was met last
+	force       instant // before which no challenge forces another flight
+}
+
+// A view is a token and the deadline until which it can be handed out without a
+// look at anything else.
+type view struct {
+	held  *held
+	until instant
+}
+
+// A flight is one round of asking the issuer, shared by all who wait for it.
+type flight struct {
+	round round
+	begin instant
+	done  chan struct{} // closed when it is over
+	err   error         // set before done is closed
+	note  atomic.Value  // of type tried: why the round is not over yet
+}
+
+// tried is the failure of one try in a round that goes on.
+type tried struct{ error }
+
+// get returns a token that is valid now. It waits for one only where there is
+// none, until ctx is done.
+func (e *entry) get(ctx context.Context) (*held, error) {
+	if v := e.view.Load(); v != nil && e.clock.now().before(v.until) {
+		return v.held, nil
+	}
+	for {
+		h, f, err := e.step()
+		if f == nil {
+			return h, err
+		}
+		if err := e.wait(ctx, f); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// renew is get for a caller who was refused with a claims challenge: it asks
+// the issuer once for each challenge, and no more often than the gap between
+// requests allows.
+func (e *entry) renew(ctx context.Context, claims string) (*held, error) {
+	for {
+		f := e.challenge(claims)
+		if f == nil {
+			return e.get(ctx)
+		}
+		// A flight that began before the challenge came does not count.
+		if err := e.wait(ctx, f); err != nil && (f.round.claims == claims || ctx.Err() != nil) {
+			return nil, err
+		}
+	}
+}
+
+// wait returns the error of the flight, or of the caller's or the cache's end
+// if that is earlier. The flight goes on whoever leaves.
+func (e *entry) wait(ctx context.Context, f *flight) error {
+	select {
+	case <-f.done:
+		return f.err
+	case <-e.cache.ctx.Done():
+		return e.errorf("%w", ErrClosed)
+	case <-ctx.Done():
+	}
+	if t, ok := f.note.Load().(tried); ok {
+		return e.errorf("%w while trying again after: %w", context.Cause(ctx), t.error)
+	}
+	return e.errorf("%w while waiting for %s", context.Cause(ctx), e.cache.issuer.source())
+}
+
+// step takes the entry to where the clock says it should be, and returns what
+// there is for a caller: a token, a flight to wait for, or an error.
+func (e *entry) step() (*held, *flight, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed() {
+		return nil, nil, e.errorf("%w", ErrClosed)
+	}
+	now := e.clock.now()
+	e.ask(now)
+	switch {
+	case e.valid(now):
+		return e.held, nil, nil
+	case e.flight != nil:
+		return nil, e.flight, nil
+	default:
+		return nil, nil, e.err
+	}
+}
+
+// wake is called by the timer, for nobody in particular.
+func (e *entry) wake() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed() {
+		return
+	}
+	now := e.clock.now()
+	e.ask(now)
+	e.sleep(now)
+}
+
+// challenge returns the flight that meets a claims challenge, or nil where
+// there is nothing more to be done for it.
+func (e *entry) challenge(claims string) *flight {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := e.clock.now()
+	switch {
+	case e.closed():
+		return nil
+	case e.flight != nil:
+		return e.flight
+	case e.held == nil, e.claims == claims, now.before(e.force):
+		return nil
+	}
+	e.force = now.add(gap(e.held.lifetime))
+	e.launch(now, round{renew: true, claims: claims})
+	return e.flight
+}
+
+// ask launches a flight if it is time for one. e.mu is held.
+func (e *entry) ask(now instant) {
+	valid := e.valid(now)
+	// Without a token only a failure is a reason to wait.
+	if e.flight != nil || now.before(e.next) && (valid || e.failures > 0) {
+		return
+	}
+	e.launch(now, round{
+		// The first round of an outage that callers feel is a patient one, and
+		// the first token is worth every patience. After that next decides: many
+		// processes share one IMDS.
+		patient: e.held == nil || !valid && e.failures == 0,
+		renew:   e.held != nil,
+	})
+}
+
+// launch sends off a flight. e.mu is held, and no flight is under way.
+func (e *entry) launch(now instant, r round) {
+	f := &flight{round: r, begin: now, done: make(chan struct{})}
+	f.round.failed = func(err error) { f.note.Store(tried{err}) }
+	e.flight = f
+	e.publish()
+	e.stop()
+	e.cache.flights.Add(1)
+	go e.fly(f)
+}
+
+// fly asks the issuer. Its context belongs to the cache: no caller's end is the
+// end of a flight.
+func (e *entry) fly(f *flight) {
+	ctx, cancel := context.WithTimeout(e.cache.ctx, flightTimeout)
+	defer cancel()
+	var tok *token
+	err := errors.New("the issuer ended its goroutine") // unless it returns
+	defer func() {
+		if p := recover(); p != nil {
+			err = e.cache.panicked(p)
+		}
+		e.land(f, tok, err)
+	}()
+	tok, err = e.cache.issuer.issue(ctx, e.resource, f.round)
+	if err != nil && ctx.Err() == context.DeadlineExceeded {
+		// Not wrapped: the deadline is ours, and no caller's has passed.
+		err = fmt.Errorf("no answer within %v: %v", flightTimeout, err)
+	}
+}
+
+// land ends a flight: it settles the entry, releases the waiters, and only then
+// lets the hooks know.
+func (e *entry) land(f *flight, tok *token, err error) {
+	r := e.settle(f, tok, err)
+	close(f.done)
+	e.cache.flights.Done()
+	if !e.closed() {
+		e.cache.tell(r)
+	}
+}
+
+// settle stores what a flight brought and when to ask next, and reports it.
+func (e *entry) settle(f *flight, tok *token, err error) report {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := e.clock.now()
+	e.flight = nil
+	r := report{failures: e.failures, Event: Event{
+		Resource: e.resource,
+		Source:   e.cache.issuer.source(),
+		Start:    f.begin.time(),
+		Duration: time.Duration(now.mono - f.begin.mono),
+	}}
+	if err == nil {
+		r.New, err = e.take(now, tok)
+	}
+	if err != nil {
+		f.err = e.fail(now, err)
+		r.Err = f.err
+	} else {
+		e.failures, e.err = 0, nil
+		e.lastSuccess = now.time()
+		if f.round.claims != "" {
+			e.claims = f.round.claims
+		}
+	}
+	if e.held != nil {
+		r.Expiry = e.held.expiry
+	}
+	if !e.closed() {
+		e.publish()
+		e.sleep(now)
+	}
+	return r
+}
+
+// take puts a token that was issued in the place of the one in hand, and
+// reports whether it is a newer one. IMDS answers from a cache of its own, so
+// the same token, or even an older one, is no error: it will be newer later.
+func (e *entry) take(now instant, tok *token) (fresh bool, err error) {
+	remaining, lifetime := tok.lifespan(now)
+	same := e.held != nil && e.held.oauth2.AccessToken == tok.value
+	switch {
+	case remaining <= 0:
+		return false, fmt.Errorf("expires_on is %v, and it is %v: an expired token, or a wrong clock",
+			tok.expiry.UTC().Format(time.RFC3339), now.time().UTC().Format(time.RFC3339))
+	case same && !e.valid(now):
+		return false, errors.New("got the token that has just expired once more")
+	case same, e.valid(now) && !tok.expiry.After(e.held.expiry):
+		left := now.until(e.held.expires)
+		e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
+		return false, nil
+	}
+	e.next = now.add(refreshDelay(remaining, lifetime, rand.Float64()))
+	e.held = &held{
+		oauth2:    &oauth2.Token{AccessToken: tok.value, TokenType: "Bearer", Expiry: tok.expiry},
+		header:    "Bearer " + tok.value,
+		expiry:    tok.expiry,
+		refreshOn: e.next.time(),
+		lifetime:  lifetime,
+		due:       e.next,
+		expires:   now.add(remaining),
+	}
+	return true, nil
+}
+
+// fail counts a failure, which never touches the token in hand, and returns the
+// error that callers get until the next attempt.
+func (e *entry) fail(now instant, err error) error {
+	var after time.Duration
+	if r, ok := errors.AsType[*ResponseError](err); ok {
+		after = r.retryAfter
+	}
+	if e.held == nil {
+		e.next = now.add(holdDelay(after, rand.Float64()))
+	} else {
+		left := now.until(e.held.expires)
+		e.next = now.add(retryDelay(e.failures, left, e.held.lifetime, after, rand.Float64()))
+	}
+	e.failures++
+	if e.closed() {
+		err = ErrClosed
+	}
+	e.err = e.errorf("%w", err)
+	return e.err
+}
+
+// publish tells callers what they may have without a look at the entry: the
+// token in hand until it expires or, where no flight is under way, until it is
+// time for one. e.mu is held.
+func (e *entry) publish() {
+	if e.held == nil {
+		return
+	}
+	until := e.held.expires
+	if e.flight == nil {
+		until = until.earlier(e.next)
+	}
+	e.view.Store(&view{e.held, until})
+}
+
+// sleep sets the timer for the next thing to do, so that a source is refreshed
+// whether or not anybody asks. An entry that never had a token has nothing to
+// keep fresh. e.mu is held.
+func (e *entry) sleep(now instant) {
+	if e.held == nil || e.flight != nil {
+		return
+	}
+	next := now.until(e.next)
+	if e.valid(now) {
+		next = min(next, now.until(e.held.expires))
+	}
+	e.stop()
+	e.timer = e.clock.afterFunc(clamp(next, time.Millisecond, maxSleep), e.wake)
+}
+
+// stop stops the timer. e.mu is held.
+func (e *entry) stop() {
+	if e.timer != nil {
+		e.timer.Stop()
+		e.timer = nil
+	}
+}
+
+// shut makes a closed cache's entry hand out nothing more.
+func (e *entry) shut() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.stop()
+	e.view.Store(nil)
+}
+
+// valid reports whether there is a token that has not expired. e.mu is held.
+func (e *entry) valid(now instant) bool {
+	return e.held != nil && now.before(e.held.expires)
+}
+
+func (e *entry) closed() bool { return e.cache.ctx.Err() != nil }
+
+// errorf is fmt.Errorf with what was tried.
+func (e *entry) errorf(format string, args ...any) error {
+	return fmt.Errorf("mitoken: token for %q: "+format, append([]any{e.resource}, args...)...)
+}

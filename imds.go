@@ -1,0 +1,383 @@
+package mitoken
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/netip"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
+	"github.com/hashicorp/go-retryablehttp"
+)
+
+// This file is one exchange with the instance metadata service (IMDS): who may
+// be asked, the request, what is retried and when. What the answer must look
+// like is in answer.go. The protocol is that of "How to use managed identities
+// for Azure resources on an Azure VM to acquire an access token" (Microsoft).
+
+const (
+	imdsEndpoint   = "http://169.254.169.254"
+	imdsTokenPath  = "/metadata/identity/oauth2/token"
+	imdsAPIVersion = "2018-02-01"
+
+	dialTimeout = time.Second      // the service is on the host itself
+	tryTimeout  = 10 * time.Second // for one request and the whole of its answer
+	reachWithin = 2 * time.Second  // to find out that nothing is there
+
+	// IMDS gives out 410 while it is upgraded, for up to 70 seconds.
+	goneFor    = 70 * time.Second
+	maxRetries = 5
+)
+
+// retryWindows are what the wait before each retry is drawn from, from zero up:
+// the delays that Microsoft's document suggests, as a full jitter. Without it,
+// half of 110 processes that start together on one machine get no token.
+var retryWindows = [...]time.Duration{2e9, 4e9, 8e9, 16e9, 30e9}
+
+// hostTransport makes the requests of every Credential without a transport of
+// its own. IMDS must not be asked through a proxy. A connection is not kept for
+// the 12 hours until the next request, nor the goroutines that go with it.
+var hostTransport = &http.Transport{
+	Proxy:                  nil,
+	DialContext:            (&net.Dialer{Timeout: dialTimeout}).DialContext,
+	DisableCompression:     true,
+	DisableKeepAlives:      true,
+	MaxResponseHeaderBytes: maxAnswer,
+}
+
+// hostLimiter is shared by all who use hostTransport, since all the processes
+// of a machine share what IMDS allows it.
+var hostLimiter = newLimiter()
+
+// imds is the issuer of this host's managed identity.
+type imds struct {
+	endpoint string // base URL
+	selector string // the query parameter that selects an identity; empty for the default one
+	id       string // its value
+	client   *http.Client
+	answered atomic.Bool // by HTTP, ever
+}
+
+// newIMDS returns the issuer for an identity, or what is wrong with the fields
+// of the Credential it is made from.
+func newIMDS(id azidentity.ManagedIDKind, endpoint string, base http.RoundTripper) (*imds, error) {
+	m := &imds{endpoint: imdsEndpoint}
+	var err error
+	if m.selector, m.id, err = identitySelector(id); err != nil {
+		return nil, fmt.Errorf("mitoken: Credential.ID: %w", err)
+	}
+	if endpoint != "" {
+		if m.endpoint, err = checkEndpoint(endpoint); err != nil {
+			return nil, fmt.Errorf("mitoken: Credential.Endpoint: %w", err)
+		}
+	}
+	tries := &exchange{base, newLimiter()}
+	if base == nil {
+		tries = &exchange{hostTransport, hostLimiter}
+	}
+	m.client = &http.Client{Transport: tries, CheckRedirect: func(*http.Request, []*http.Request) error {
+		return http.ErrUseLastResponse // IMDS does not redirect, so whoever does is not IMDS
+	}}
+	return m, nil
+}
+
+// identitySelector returns the query parameter that selects an identity.
+func identitySelector(id azidentity.ManagedIDKind) (name, value string, err error) {
+	switch id.(type) {
+	case nil:
+		return "", "", nil
+	case azidentity.ClientID:
+		name = "client_id"
+	case azidentity.ObjectID:
+		name = "object_id"
+	case azidentity.ResourceID:
+		name = "msi_res_id"
+	default:
+		return "", "", fmt.Errorf("the kind %T is not known", id)
+	}
+	value = id.String()
+	if value == "" {
+		return "", "", fmt.Errorf("the %T is empty; nil selects the host's default identity", id)
+	}
+	if err := checkPrintable(value); err != nil {
+		return "", "", err
+	}
+	return name, value, nil
+}
+
+// checkEndpoint returns a base URL without its slash, if a token may come from
+// there: over TLS, or without leaving the host and its link.
+func checkEndpoint(endpoint string) (string, error) {
+	u, err := url.Parse(endpoint)
+	switch {
+	case err != nil:
+		return "", fmt.Errorf("%q is not a URL", endpoint)
+	case u.Host == "" || u.User != nil || strings.Trim(u.Path, "/")+u.RawQuery+u.Fragment != "":
+		return "", fmt.Errorf("%q is not of the form http://host:port", endpoint)
+	case u.Scheme == "https", u.Scheme == "http" && isLocal(u.Hostname()):
+		return strings.TrimRight(endpoint, "/"), nil
+	}
+	return "", fmt.Errorf("%q is neither https nor a loopback or link-local address", endpoint)
+}
+
+// isLocal reports whether a host is a loopback or link-local address.
+func isLocal(host string) bool {
+	addr, err := netip.ParseAddr(host)
+	return isLoopback(host) || err == nil && addr.IsLinkLocalUnicast() && !addr.Is4In6()
+}
+
+// isLoopback reports whether a host is this one.
+func isLoopback(host string) bool {
+	addr, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && addr.IsLoopback() && !addr.Is4In6()
+}
+
+func (m *imds) source() string { return "imds" }
+
+// issue asks for a token once, or as often as a patient round allows. Claims
+// mean nothing to IMDS.
+func (m *imds) issue(ctx context.Context, resource string, r round) (*token, error) {
+	return (&retries{imds: m, round: r}).do(ctx, resource)
+}
+
+// reach is issue while it is not known whether there is a metadata service. It
+// gives up when none has been reached within reachWithin. A connection is
+// enough: what is slow is there, and not to be given up for another identity.
+func (m *imds) reach(ctx context.Context, resource string, r round) (*token, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	re := &retries{imds: m, round: r, seeking: true}
+	timer := time.AfterFunc(reachWithin, func() {
+		if !re.reached.Load() {
+			cancel()
+		}
+	})
+	defer timer.Stop()
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(httptrace.GotConnInfo) { re.reached.Store(true) },
+	})
+	return re.do(ctx, resource)
+}
+
+// request returns the request for a token.
+func (m *imds) request(ctx context.Context, resource string) (*retryablehttp.Request, error) {
+	q := url.Values{"api-version": {imdsAPIVersion}, "resource": {resource}}
+	if m.selector != "" {
+		q.Set(m.selector, m.id)
+	}
+	target := m.endpoint + imdsTokenPath + "?" + q.Encode()
+	req, err := retryablehttp.NewRequestWithContext(ctx, http.MethodGet, target, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Metadata", "true")
+	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", "mitoken")
+	return req, nil
+}
+
+// retries is one round of tries: what they brought, and whether and when there
+// is another one.
+type retries struct {
+	*imds
+	round
+	seeking bool          // it is not known whether anybody is there
+	reached atomic.Bool   // somebody is, after all
+	tries   int           // so far
+	gone    time.Time     // of the first 410
+	delay   time.Duration // before the next try
+	last    error         // of the last try that failed
+}
+
+// do makes the round.
+func (re *retries) do(ctx context.Context, resource string) (*token, error) {
+	req, err := re.request(ctx, resource)
+	if err != nil {
+		return nil, err
+	}
+	client := &retryablehttp.Client{
+		HTTPClient:   re.client,
+		Logger:       nil,        // its own writes to stderr
+		RetryMax:     1 << 30,    // check decides
+		CheckRetry:   re.check,   // its own retries neither 404 nor 410
+		Backoff:      re.backoff, // its own has no jitter, and lets Retry-After be a day
+		ErrorHandler: retryablehttp.PassthroughErrorHandler,
+	}
+	resp, err := client.Do(req)
+	switch {
+	case err == nil && resp.StatusCode == http.StatusOK:
+		return readToken(resp, resource, re.clientID())
+	case re.last == nil && re.seeking && !re.reached.Load():
+		re.last = fmt.Errorf("no connection within %v", reachWithin)
+	case re.last == nil:
+		return nil, err // the context's
+	}
+	if _, ok := errors.AsType[*ResponseError](re.last); !ok {
+		return nil, &unavailableError{re.endpoint, re.reached.Load(), re.tries, re.last, offAzure}
+	}
+	return nil, re.last
+}
+
+// check is the round's retryablehttp.CheckRetry.
+func (re *retries) check(ctx context.Context, resp *http.Response, err error) (bool, error) {
+	if ctx.Err() != nil {
+		return false, ctx.Err() // of the round, not of the try
+	}
+	re.tries++
+	var after time.Duration
+	retry := true
+	if err != nil {
+		if u, ok := errors.AsType[*url.Error](err); ok {
+			err = u.Err // the rest is what we know
+		}
+		re.last = err
+	} else {
+		re.reached.Store(true)
+		re.answered.Store(true)
+		if resp.StatusCode == http.StatusOK {
+			return false, nil
+		}
+		answer := readError(resp)
+		after, retry = answer.retryAfter, retryable(resp.StatusCode)
+		re.last = fmt.Errorf("the metadata service answered %w%s", answer, answer.hint())
+	}
+	re.failed(re.last)
+	return retry && re.patient && re.again(ctx, resp, after), nil
+}
+
+// retryable reports whether IMDS may answer otherwise soon, by the table
+// "Retry guidance" of Microsoft's document.
+func retryable(status int) bool {
+	switch status {
+	case http.StatusNotFound, http.StatusGone, http.StatusTooManyRequests:
+		return true
+	}
+	return status >= 500
+}
+
+// again reports whether there is to be another try, and draws the delay before
+// it.
+func (re *retries) again(ctx context.Context, resp *http.Response, after time.Duration) bool {
+	now := time.Now()
+	window := retryWindows[min(re.tries, len(retryWindows))-1]
+	more := re.tries <= maxRetries
+	switch {
+	case resp != nil && resp.StatusCode == http.StatusGone:
+		if re.gone.IsZero() {
+			re.gone = now
+		}
+		more = more || now.Sub(re.gone) < goneFor
+	case re.seeking && !re.reached.Load():
+		window, more = reachWithin/4, true // until reach has enough
+	}
+	// Retry-After may say a day. A caller is waiting: a half minute is enough.
+	re.delay = max(rand.N(window), min(after, longGap))
+	deadline, ok := ctx.Deadline()
+	return more && (!ok || now.Add(re.delay).Before(deadline))
+}
+
+// backoff is the round's retryablehttp.Backoff.
+func (re *retries) backoff(_, _ time.Duration, _ int, _ *http.Response) time.Duration {
+	return re.delay
+}
+
+// clientID returns the client ID that was asked for, if it was one.
+func (m *imds) clientID() string {
+	if m.selector == "client_id" {
+		return m.id
+	}
+	return ""
+}
+
+// An exchange makes one try: in its turn, in time, and to the end of the
+// answer, so that retryablehttp sees one that breaks off for what it is, a
+// failure of the connection.
+type exchange struct {
+	base  http.RoundTripper
+	limit *limiter
+}
+
+func (x *exchange) RoundTrip(req *http.Request) (*http.Response, error) {
+	if err := x.limit.acquire(req.Context()); err != nil {
+		return nil, err
+	}
+	defer x.limit.release()
+	ctx, cancel := context.WithTimeout(req.Context(), tryTimeout)
+	defer cancel()
+	resp, err := x.base.RoundTrip(req.WithContext(ctx))
+	if err == nil {
+		var body []byte
+		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+		_ = resp.Body.Close()
+		resp.Body = io.NopCloser(bytes.NewReader(body))
+	}
+	// Timeouts are not wrapped: they would look like that of a caller's context.
+	timeout, ok := errors.AsType[net.Error](err)
+	switch {
+	case err == nil:
+		return resp, nil
+	case ctx.Err() != nil && req.Context().Err() == nil:
+		return nil, fmt.Errorf("no answer within %v", tryTimeout)
+	case ok && timeout.Timeout():
+		return nil, errors.New(err.Error())
+	}
+	return nil, err
+}
+
+// A limiter lets two requests through at a time, and five in a second. IMDS
+// allows a machine five at a time and 20 in a second, for all its processes.
+type limiter struct {
+	slots chan struct{}
+
+	mu     sync.Mutex   // guards what follows
+	starts [5]time.Time // of the last requests, a ring
+	oldest int
+}
+
+func newLimiter() *limiter { return &limiter{slots: make(chan struct{}, 2)} }
+
+// acquire waits for the turn of a request. Unless it fails, release is due.
+func (l *limiter) acquire(ctx context.Context) error {
+	select {
+	case l.slots <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	timer := time.NewTimer(l.book())
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		l.release()
+		return ctx.Err()
+	}
+}
+
+func (l *limiter) release() { <-l.slots }
+
+// book returns how long a request has to wait so that it starts a second after
+// the fifth one before it.
+func (l *limiter) book() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	start := l.starts[l.oldest].Add(time.Second)
+	if start.Before(now) {
+		start = now
+	}
+	l.starts[l.oldest] = start
+	l.oldest = (l.oldest + 1) % len(l.starts)
+	return start.Sub(now)
+}

@@ -1,0 +1,141 @@
+package mitoken
+
+import (
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"time"
+)
+
+// An Event is one attempt to get a token, as [Credential.Observe] is told of
+// it. The tries of an attempt that is retried are one event. It never holds a
+// token.
+type Event struct {
+	Resource string        // whom the token is for
+	Source   string        // who was asked: "imds", or the kind of the credential
+	Start    time.Time     // when the attempt began
+	Duration time.Duration // how long it took, retries and waiting included
+	Err      error         // why it failed; nil if it did not
+	Expiry   time.Time     // when the token in hand expires; zero if there is none
+	New      bool          // whether that token came with this attempt; false if it came again
+}
+
+// Status is the state of a [TokenSource] at one time, for a health page (it
+// encodes as JSON) and for gauges. It never holds a token.
+type Status struct {
+	// State is "empty" while no token was had, "fresh" before the token is to
+	// be refreshed, "due" after that, "expired" when it has expired, and
+	// "closed" after [Credential.Close]. Callers get a token if it is fresh or
+	// due, whatever the other fields say.
+	State string `json:"state"`
+
+	// Source is who issues the tokens: "imds", or the kind of the credential.
+	Source string `json:"source"`
+
+	// Expiry and RefreshOn are when the token in hand expires and when its
+	// refresh falls due. Both are zero if there is none.
+	Expiry    time.Time `json:"expiry,omitzero"`
+	RefreshOn time.Time `json:"refresh_on,omitzero"`
+
+	// LastSuccess is when the source last got an answer that was a valid token,
+	// a new one or the same.
+	LastSuccess time.Time `json:"last_success,omitzero"`
+
+	// Failures counts the failed attempts since, and LastError is the text of
+	// the last of them.
+	Failures  int    `json:"failures"`
+	LastError string `json:"last_error,omitempty"`
+
+	// Survives is how long an outage of the issuer that began now would cost no
+	// caller an error. In JSON it is in nanoseconds.
+	Survives time.Duration `json:"survives_ns"`
+}
+
+// status returns the state of the entry.
+func (e *entry) status() Status {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := e.clock.now()
+	s := Status{
+		State:       "empty",
+		Source:      e.cache.issuer.source(),
+		LastSuccess: e.lastSuccess,
+		Failures:    e.failures,
+	}
+	if e.err != nil {
+		s.LastError = e.err.Error()
+	}
+	if h := e.held; h != nil {
+		s.Expiry, s.RefreshOn = h.expiry, h.refreshOn
+		s.Survives = max(0, now.until(h.expires))
+		switch {
+		case s.Survives == 0:
+			s.State = "expired"
+		case now.before(h.due):
+			s.State = "fresh"
+		default:
+			s.State = "due"
+		}
+	}
+	if e.closed() {
+		s.State, s.Survives = "closed", 0
+	}
+	return s
+}
+
+// A report is an event with what the log wants to know beside it.
+type report struct {
+	Event
+	failures int // in a row, before this event
+}
+
+// tell lets the hooks know of an attempt. One that panics harms nobody.
+func (c *cache) tell(r report) {
+	c.guard(func() { c.log(r) })
+	if c.observe != nil {
+		c.guard(func() { c.observe(r.Event) })
+	}
+}
+
+// log writes what an operator can act on: where tokens come from, the first
+// failure of a row, and its end.
+func (c *cache) log(r report) {
+	if c.logger == nil {
+		return
+	}
+	log := c.logger.With("resource", r.Resource, "source", r.Source)
+	switch {
+	case r.Err == nil && r.failures > 0:
+		log.Info("mitoken: tokens are issued again", "failures", r.failures, "expiry", r.Expiry)
+	case r.Err == nil && !c.named.Swap(true):
+		log.Info("mitoken: tokens are issued", "expiry", r.Expiry)
+	case r.Err != nil && r.failures == 0 && r.Expiry.IsZero():
+		log.Warn("mitoken: no token", "error", r.Err)
+	case r.Err != nil && r.failures == 0:
+		log.Warn("mitoken: token not refreshed", "error", r.Err, "expiry", r.Expiry)
+	}
+}
+
+// guard calls a function that is not ours, and lets no panic of it out.
+func (c *cache) guard(f func()) {
+	defer func() {
+		if p := recover(); p != nil {
+			_ = c.panicked(p)
+		}
+	}()
+	f()
+}
+
+// panicked turns a panic into an error, and logs where it was. The value is not
+// shown, unless it is the runtime's own: it could hold a token.
+func (c *cache) panicked(p any) error {
+	err := fmt.Errorf("panic of type %T", p)
+	if r, ok := p.(runtime.Error); ok {
+		err = fmt.Errorf("panic: %w", r)
+	}
+	if c.logger != nil {
+		defer func() { _ = recover() }() // it may be the logger that panics
+		c.logger.Error("mitoken: recovered", "error", err, "stack", string(debug.Stack()))
+	}
+	return err
+}
