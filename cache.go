@@ -199,11 +199,19 @@ func (e *entry) wait(ctx context.Context, f *flight) error {
 		return e.errorf("%w", ErrClosed)
 	case <-ctx.Done():
 	}
+	left := &leftError{ctx.Err(), context.Cause(ctx)}
 	if t, ok := f.note.Load().(tried); ok {
-		return e.errorf("%w while trying again after: %w", context.Cause(ctx), t.error)
+		return e.errorf("%w while trying again after: %w", left, t.error)
 	}
-	return e.errorf("%w while waiting for %s", context.Cause(ctx), e.cache.issuer.source())
+	return e.errorf("%w while waiting for %s", left, e.cache.issuer.source())
 }
+
+// leftError is the error of a caller whose context ended: it is the context's
+// error, and reads as its cause.
+type leftError struct{ err, cause error }
+
+func (e *leftError) Error() string   { return e.cause.Error() }
+func (e *leftError) Unwrap() []error { return []error{e.err, e.cause} }
 
 // step takes the entry to where the clock says it should be, and returns what
 // there is for a caller: a token, a flight to wait for, or an error.
@@ -361,7 +369,7 @@ func (e *entry) take(now instant, tok *token) (fresh bool, err error) {
 			tok.expiry.UTC().Format(time.RFC3339), now.time().UTC().Format(time.RFC3339))
 	case same && !e.valid(now):
 		return false, errors.New("got the token that has just expired once more")
-	case same, e.valid(now) && !tok.expiry.After(e.held.expiry):
+	case e.valid(now) && !tok.expiry.After(e.held.expiry):
 		left := now.until(e.held.expires)
 		e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
 		return false, nil

@@ -203,6 +203,13 @@ func TestLeavingCallerLearnsWhy(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, errOutage) {
 			t.Errorf("got %v, want the deadline and the outage", err)
 		}
+		cause := errors.New("enough")
+		ctx, cancel = context.WithTimeoutCause(t.Context(), time.Second, cause)
+		defer cancel()
+		_, err = e.get(ctx)
+		if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, cause) || !strings.Contains(err.Error(), "enough") {
+			t.Errorf("got %v, want the deadline and its cause", err)
+		}
 		// The flight has an end of its own, which looks like nobody's deadline.
 		_, err = e.get(t.Context())
 		if err == nil || errors.Is(err, context.DeadlineExceeded) {
@@ -530,7 +537,7 @@ func TestResumeAfterSuspend(t *testing.T) {
 				}
 				// A source that nobody asks notices as well, by its next timer.
 				clock.step(asleep)
-				time.Sleep(maxSleep + time.Minute)
+				time.Sleep(6 * time.Minute)
 				if got := e.status(); got.Survives < 10*time.Hour {
 					t.Errorf("after another %v: %+v", asleep, got)
 				}
@@ -577,6 +584,97 @@ func TestWallClockSteps(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The wall clock was set back, and IMDS gives out a token again that has expired
+// by the clock that goes on: it is not made to live longer.
+func TestExpiredTokenComesAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clock := &skewedClock{}
+		only := newToken(0, day)
+		i := &scripted{answer: func(context.Context, int, round) (*token, error) { return only, nil }}
+		e := newSkewedEntry(t, i, clock, nil)
+		_, _ = e.get(t.Context())
+		clock.step(-10 * day)
+		time.Sleep(day - time.Minute)
+		mustGet(t, e)
+		for range 10 {
+			time.Sleep(time.Minute)
+			if _, err := e.get(t.Context()); err == nil || !strings.Contains(err.Error(), "once more") {
+				t.Fatalf("got %v, want an error", err)
+			}
+		}
+	})
+}
+
+// The calls that matter touch no lock, so that nothing can hold them up: not
+// even a refresh that hangs.
+func TestCachedCallsTakeNoLock(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := &scripted{}
+		e := newEntry(t, i)
+		_, _ = e.get(t.Context())
+		i.latency = time.Minute
+		for range 12 * 60 {
+			time.Sleep(time.Minute - time.Second)
+			e.mu.Lock()
+			locked := e.flight != nil || !e.clock.now().before(e.next)
+			mustGet(t, e)
+			e.mu.Unlock()
+			if locked {
+				return // a refresh was under way, and was not waited for
+			}
+			time.Sleep(time.Second)
+		}
+		t.Error("there was no refresh")
+	})
+}
+
+// countingClock counts the timers that are set.
+type countingClock struct {
+	systemClock
+	set atomic.Int64
+}
+
+func (c *countingClock) afterFunc(d time.Duration, f func()) stopper {
+	c.set.Add(1)
+	return &countedTimer{c.systemClock.afterFunc(d, func() { c.set.Add(-1); f() }), c}
+}
+
+type countedTimer struct {
+	stopper
+	clock *countingClock
+}
+
+func (t *countedTimer) Stop() bool {
+	stopped := t.stopper.Stop()
+	if stopped {
+		t.clock.set.Add(-1)
+	}
+	return stopped
+}
+
+func TestTimers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clock := &countingClock{}
+		i := &scripted{latency: time.Second}
+		e := newSkewedEntry(t, i, clock, nil)
+		for range 1000 {
+			_, _ = e.get(t.Context())
+			synctest.Wait()
+			if got := clock.set.Load(); got > 1 {
+				t.Fatalf("%d timers are set, want one", got)
+			}
+			time.Sleep(17 * time.Minute)
+		}
+		if got := clock.set.Load(); got != 1 {
+			t.Errorf("%d timers are set at rest, want one", got)
+		}
+		e.cache.close()
+		if got := clock.set.Load(); got != 0 {
+			t.Errorf("%d timers are set after close, want none", got)
+		}
+	})
 }
 
 func TestClose(t *testing.T) {
@@ -740,6 +838,7 @@ func TestClaimsGetPastTheCacheOnce(t *testing.T) {
 		// A service that is never content is not IMDS's problem.
 		renew("b", "token1", 2)
 		time.Sleep(longGap)
+		renew("a", "token1", 2)
 		renew("b", "token2", 3)
 		// An outage leaves the token in hand alone.
 		time.Sleep(longGap)

@@ -19,7 +19,9 @@ import (
 
 // ErrUnavailable is the error of a token that was asked for where nothing
 // answered: there is no metadata service, as on a developer's machine (see
-// [Credential.Fallback]), or it is out of reach. It comes wrapped.
+// [Credential.Fallback]), or it is out of reach. It comes wrapped, and for a
+// first token after up to a minute of retries, unless the caller's context ends
+// them.
 var ErrUnavailable = errors.New("no metadata service answered")
 
 // unavailableError is an ErrUnavailable with its circumstances.
@@ -34,8 +36,11 @@ type unavailableError struct {
 const offAzure = "; off Azure, set Credential.Fallback, for example to azidentity's AzureCLICredential"
 
 func (e *unavailableError) Error() string {
-	return fmt.Sprintf("%v at %s, tried %d times: %v%s",
-		ErrUnavailable, e.endpoint, e.tries, e.err, e.hint)
+	tries := "a try"
+	if e.tries > 1 {
+		tries = fmt.Sprintf("%d tries", e.tries)
+	}
+	return fmt.Sprintf("%v at %s in %s: %v%s", ErrUnavailable, e.endpoint, tries, e.err, e.hint)
 }
 
 func (e *unavailableError) Is(target error) bool { return target == ErrUnavailable }

@@ -56,8 +56,8 @@ var hostTransport = &http.Transport{
 	MaxResponseHeaderBytes: maxAnswer,
 }
 
-// hostLimiter is shared by all who use hostTransport, since all the processes
-// of a machine share what IMDS allows it.
+// hostLimiter is shared by all who ask IMDS itself: what it allows is for all the
+// processes of a machine.
 var hostLimiter = newLimiter()
 
 // imds is the issuer of this host's managed identity.
@@ -84,7 +84,10 @@ func newIMDS(id azidentity.ManagedIDKind, endpoint string, base http.RoundTrippe
 	}
 	tries := &exchange{base, newLimiter()}
 	if base == nil {
-		tries = &exchange{hostTransport, hostLimiter}
+		tries.base = hostTransport
+	}
+	if base == nil && m.endpoint == imdsEndpoint {
+		tries.limit = hostLimiter
 	}
 	m.client = &http.Client{Transport: tries, CheckRedirect: func(*http.Request, []*http.Request) error {
 		return http.ErrUseLastResponse // IMDS does not redirect, so whoever does is not IMDS
@@ -219,14 +222,16 @@ func (re *retries) do(ctx context.Context, resource string) (*token, error) {
 	case err == nil && resp.StatusCode == http.StatusOK:
 		return readToken(resp, resource, re.clientID())
 	case re.last == nil && re.seeking && !re.reached.Load():
-		re.last = fmt.Errorf("no connection within %v", reachWithin)
+		return nil, re.unavailable(fmt.Errorf("no connection within %v", reachWithin))
 	case re.last == nil:
 		return nil, err // the context's
 	}
-	if _, ok := errors.AsType[*ResponseError](re.last); !ok {
-		return nil, &unavailableError{re.endpoint, re.reached.Load(), re.tries, re.last, offAzure}
-	}
 	return nil, re.last
+}
+
+// unavailable is the error of a try, or a round, in which nothing answered.
+func (re *retries) unavailable(err error) error {
+	return &unavailableError{re.endpoint, re.reached.Load(), max(re.tries, 1), err, offAzure}
 }
 
 // check is the round's retryablehttp.CheckRetry.
@@ -241,7 +246,7 @@ func (re *retries) check(ctx context.Context, resp *http.Response, err error) (b
 		if u, ok := errors.AsType[*url.Error](err); ok {
 			err = u.Err // the rest is what we know
 		}
-		re.last = err
+		re.last = re.unavailable(err)
 	} else {
 		re.reached.Store(true)
 		re.answered.Store(true)

@@ -13,7 +13,8 @@
 //	}}
 //	resp, err := client.Get("https://myapp.aztoso.com/orders")
 //
-// A [TokenSource] is an [oauth2.TokenSource] too, and a Credential an
+// The service is at its own App ID URI here. One at another address is listed in
+// the Transport's Origins. A [TokenSource] is an [oauth2.TokenSource] too, and a Credential an
 // [azcore.TokenCredential], for any client of the Azure SDK.
 //
 // # Refresh

@@ -80,7 +80,8 @@ const DefaultTenant = "11111111-2222-4333-8444-555555555555"
 
 const tokenPath = "/metadata/identity/oauth2/token"
 
-// A Request is an entry of the journal. It never holds a token.
+// A Request is an entry of the journal. It never holds a token. Requests for keys
+// and metadata are in it too, and have no Resource.
 type Request struct {
 	Time      time.Time // when it came
 	Method    string
@@ -183,7 +184,9 @@ func (h *Handler) Requests() []Request {
 	return slices.Clone(h.journal)
 }
 
-// Issuer returns the issuer of the tokens, their iss claim.
+// Issuer returns the issuer of the tokens, their iss claim. All Handlers of a
+// process sign with one key: what tells their tenants apart is iss and tid, as
+// with Entra.
 func (h *Handler) Issuer() string {
 	h.once.Do(h.init)
 	return h.tenant.issuer()
