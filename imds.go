@@ -35,9 +35,11 @@ const (
 	tryTimeout  = 10 * time.Second // for one request and the whole of its answer
 	reachWithin = 2 * time.Second  // to find out that nothing is there
 
-	// IMDS gives out 410 while it is upgraded, for up to 70 seconds.
-	goneFor    = 70 * time.Second
-	maxRetries = 5
+	// IMDS gives out 410 while it is upgraded, for up to 70 seconds, and 429
+	// while too many processes of the host ask at once, as they do when it has
+	// just started. Both pass.
+	busyFor    = 70 * time.Second
+	maxRetries = 5 // of what may not pass
 )
 
 // retryWindows are what the wait before each retry is drawn from, from zero up:
@@ -198,7 +200,7 @@ type retries struct {
 	seeking bool          // it is not known whether anybody is there
 	reached atomic.Bool   // somebody is, after all
 	tries   int           // so far
-	gone    time.Time     // of the first 410
+	busy    time.Time     // of the first 410 or 429
 	delay   time.Duration // before the next try
 	last    error         // of the last try that failed
 }
@@ -278,11 +280,11 @@ func (re *retries) again(ctx context.Context, resp *http.Response, after time.Du
 	window := retryWindows[min(re.tries, len(retryWindows))-1]
 	more := re.tries <= maxRetries
 	switch {
-	case resp != nil && resp.StatusCode == http.StatusGone:
-		if re.gone.IsZero() {
-			re.gone = now
+	case resp != nil && (resp.StatusCode == http.StatusGone || resp.StatusCode == http.StatusTooManyRequests):
+		if re.busy.IsZero() {
+			re.busy = now
 		}
-		more = more || now.Sub(re.gone) < goneFor
+		more = more || now.Sub(re.busy) < busyFor
 	case re.seeking && !re.reached.Load():
 		window, more = reachWithin/4, true // until reach has enough
 	}
