@@ -68,7 +68,7 @@ func TestScenarios(t *testing.T) {
 			name = s.State + "/" + s.Answer + "/" + name
 			ran[name] = true
 			t.Run(name, func(t *testing.T) {
-				for range 10 { // delays are drawn
+				for range 16 / Stride { // delays are drawn
 					synctest.Test(t, func(t *testing.T) { play(t, s, sequel) })
 				}
 			})

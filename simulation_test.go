@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -32,7 +33,7 @@ func TestOutageSweep(t *testing.T) {
 		} {
 			t.Run(fmt.Sprintf("%s%d for %v", kind.Failure, kind.Status, length), func(t *testing.T) {
 				t.Parallel()
-				for start := 15 * time.Minute; start <= 2*day; start += 15 * time.Minute {
+				for start := 15 * time.Minute; start <= 2*day; start += mitoken.Stride * 15 * time.Minute {
 					synctest.Test(t, func(t *testing.T) {
 						o := outage{kind: kind, start: start, length: length}
 						o.check(t, 5*time.Minute)
@@ -70,15 +71,17 @@ func (o *outage) check(t *testing.T, every time.Duration) {
 	begin := time.Now()
 	down := begin.Add(o.start)
 	up := down.Add(o.length)
-	o.expiry = begin
-	time.AfterFunc(o.start, func() {
-		o.expiry = src.Status().Expiry
-		fault := o.kind
-		fault.For = o.length
-		fake.Inject(fault)
-	})
-	for end := up.Add(max(2*time.Hour, every)); time.Now().Before(end); time.Sleep(every) {
+	for end := up.Add(max(2*time.Hour, every)); time.Now().Before(end); {
 		o.call(t, src)
+		next := time.Now().Add(every)
+		if down.After(time.Now()) && !down.After(next) {
+			time.Sleep(time.Until(down))
+			o.expiry = src.Status().Expiry
+			fault := o.kind
+			fault.For = o.length
+			fake.Inject(fault)
+		}
+		time.Sleep(time.Until(next))
 	}
 	if o.length <= day/2 {
 		if !o.first.IsZero() {
@@ -227,7 +230,7 @@ func TestCachesOfIMDS(t *testing.T) {
 	for _, tc := range []struct {
 		name     string
 		imds     http.RoundTripper
-		requests int           // a day, at most
+		requests int64         // a day, at most
 		least    time.Duration // that is left of a token, at least
 	}{
 		{"a new one each time", kept(0), 3, day / 2},
@@ -240,8 +243,8 @@ func TestCachesOfIMDS(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				requests := 0
-				cred := &mitoken.Credential{IMDSTransport: counting{tc.imds, &requests}}
+				imds := &counting{RoundTripper: tc.imds}
+				cred := &mitoken.Credential{IMDSTransport: imds}
 				defer cred.Close()
 				if a, ok := tc.imds.(*aged); ok {
 					a.age()
@@ -261,7 +264,7 @@ func TestCachesOfIMDS(t *testing.T) {
 				if least < tc.least {
 					t.Errorf("once, only %v were left, want %v", least, tc.least)
 				}
-				if got := requests / days; got > tc.requests {
+				if got := imds.n.Load() / days; got > tc.requests {
 					t.Errorf("%d requests a day, want at most %d", got, tc.requests)
 				}
 			})
@@ -269,25 +272,25 @@ func TestCachesOfIMDS(t *testing.T) {
 	}
 }
 
-// counting counts requests, one at a time as they come.
+// counting counts requests.
 type counting struct {
 	http.RoundTripper
-	n *int
+	n atomic.Int64
 }
 
-func (c counting) RoundTrip(req *http.Request) (*http.Response, error) {
-	*c.n++
+func (c *counting) RoundTrip(req *http.Request) (*http.Response, error) {
+	c.n.Add(1)
 	return c.RoundTripper.RoundTrip(req)
 }
 
 // alternating is a metadata service of two halves, with a cache each.
 type alternating struct {
 	a, b imdsfake.Handler
-	n    int
+	n    atomic.Int64
 }
 
 func (a *alternating) RoundTrip(req *http.Request) (*http.Response, error) {
-	if a.n++; a.n%2 == 0 {
+	if a.n.Add(1)%2 == 0 {
 		return a.b.RoundTrip(req)
 	}
 	return a.a.RoundTrip(req)

@@ -1,0 +1,5 @@
+//go:build !race
+
+package mitoken
+
+const Stride = 1
