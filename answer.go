@@ -34,7 +34,7 @@ func checkToken(s string) error {
 	case s == "":
 		return errors.New("access_token is empty")
 	case !b64token.MatchString(s):
-		return errors.New("access_token has characters that no bearer token may have (RFC 6750, section 2.1)")
+		return errors.New("access_token has characters that RFC 6750, section 2.1, does not allow")
 	}
 	return nil
 }
@@ -134,7 +134,8 @@ func parseFields(body []byte) (*fields, error) {
 // known returns the name of a field, unless it is one that a stranger chose.
 func known(name string) string {
 	switch name {
-	case "access_token", "token_type", "expires_on", "expires_in", "not_before", "resource", "client_id":
+	case "access_token", "token_type", "resource", "client_id",
+		"expires_on", "expires_in", "not_before":
 		return name
 	}
 	return "a field"

@@ -33,7 +33,8 @@ type unavailableError struct {
 	hint     string // what to do about it
 }
 
-const offAzure = "; off Azure, set Credential.Fallback, for example to azidentity's AzureCLICredential"
+const offAzure = "; off Azure, set Credential.Fallback, " +
+	"for example to azidentity's AzureCLICredential"
 
 func (e *unavailableError) Error() string {
 	tries := "a try"

@@ -1,19 +1,15 @@
 package mitoken
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/netip"
 	"net/url"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -31,9 +27,7 @@ const (
 	imdsTokenPath  = "/metadata/identity/oauth2/token"
 	imdsAPIVersion = "2018-02-01"
 
-	dialTimeout = time.Second      // the service is on the host itself
-	tryTimeout  = 10 * time.Second // for one request and the whole of its answer
-	reachWithin = 2 * time.Second  // to find out that nothing is there
+	reachWithin = 2 * time.Second // to find out that nothing is there
 
 	// IMDS gives out 410 while it is upgraded, for up to 70 seconds, and 429
 	// while too many processes of the host ask at once, as they do when it has
@@ -46,21 +40,6 @@ const (
 // the delays that Microsoft's document suggests, as a full jitter. Without it,
 // half of 110 processes that start together on one machine get no token.
 var retryWindows = [...]time.Duration{2e9, 4e9, 8e9, 16e9, 30e9}
-
-// hostTransport makes the requests of every Credential without a transport of
-// its own. IMDS must not be asked through a proxy. A connection is not kept for
-// the 12 hours until the next request, nor the goroutines that go with it.
-var hostTransport = &http.Transport{
-	Proxy:                  nil,
-	DialContext:            (&net.Dialer{Timeout: dialTimeout}).DialContext,
-	DisableCompression:     true,
-	DisableKeepAlives:      true,
-	MaxResponseHeaderBytes: maxAnswer,
-}
-
-// hostLimiter is shared by all who ask IMDS itself: what it allows is for all the
-// processes of a machine.
-var hostLimiter = newLimiter()
 
 // imds is the issuer of this host's managed identity.
 type imds struct {
@@ -91,11 +70,13 @@ func newIMDS(id azidentity.ManagedIDKind, endpoint string, base http.RoundTrippe
 	if base == nil && m.endpoint == imdsEndpoint {
 		tries.limit = hostLimiter
 	}
-	m.client = &http.Client{Transport: tries, CheckRedirect: func(*http.Request, []*http.Request) error {
-		return http.ErrUseLastResponse // IMDS does not redirect, so whoever does is not IMDS
-	}}
+	m.client = &http.Client{Transport: tries, CheckRedirect: noRedirect}
 	return m, nil
 }
+
+// noRedirect keeps to the host that was asked: IMDS does not redirect, so whoever
+// does is not IMDS.
+func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // identitySelector returns the query parameter that selects an identity.
 func identitySelector(id azidentity.ManagedIDKind) (name, value string, err error) {
@@ -273,6 +254,11 @@ func retryable(status int) bool {
 	return status >= 500
 }
 
+// passes reports whether a refusal is one that IMDS takes back by itself.
+func passes(status int) bool {
+	return status == http.StatusGone || status == http.StatusTooManyRequests
+}
+
 // again reports whether there is to be another try, and draws the delay before
 // it.
 func (re *retries) again(ctx context.Context, resp *http.Response, after time.Duration) bool {
@@ -280,7 +266,7 @@ func (re *retries) again(ctx context.Context, resp *http.Response, after time.Du
 	window := retryWindows[min(re.tries, len(retryWindows))-1]
 	more := re.tries <= maxRetries
 	switch {
-	case resp != nil && (resp.StatusCode == http.StatusGone || resp.StatusCode == http.StatusTooManyRequests):
+	case resp != nil && passes(resp.StatusCode):
 		if re.busy.IsZero() {
 			re.busy = now
 		}
@@ -305,86 +291,4 @@ func (m *imds) clientID() string {
 		return m.id
 	}
 	return ""
-}
-
-// An exchange makes one try: in its turn, in time, and to the end of the
-// answer, so that retryablehttp sees one that breaks off for what it is, a
-// failure of the connection.
-type exchange struct {
-	base  http.RoundTripper
-	limit *limiter
-}
-
-func (x *exchange) RoundTrip(req *http.Request) (*http.Response, error) {
-	if err := x.limit.acquire(req.Context()); err != nil {
-		return nil, err
-	}
-	defer x.limit.release()
-	ctx, cancel := context.WithTimeout(req.Context(), tryTimeout)
-	defer cancel()
-	resp, err := x.base.RoundTrip(req.WithContext(ctx))
-	if err == nil {
-		var body []byte
-		body, err = io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
-		_ = resp.Body.Close()
-		resp.Body = io.NopCloser(bytes.NewReader(body))
-	}
-	// Timeouts are not wrapped: they would look like that of a caller's context.
-	timeout, ok := errors.AsType[net.Error](err)
-	switch {
-	case err == nil:
-		return resp, nil
-	case ctx.Err() != nil && req.Context().Err() == nil:
-		return nil, fmt.Errorf("no answer within %v", tryTimeout)
-	case ok && timeout.Timeout():
-		return nil, errors.New(err.Error())
-	}
-	return nil, err
-}
-
-// A limiter lets two requests through at a time, and five in a second. IMDS
-// allows a machine five at a time and 20 in a second, for all its processes.
-type limiter struct {
-	slots chan struct{}
-
-	mu     sync.Mutex   // guards what follows
-	starts [5]time.Time // of the last requests, a ring
-	oldest int
-}
-
-func newLimiter() *limiter { return &limiter{slots: make(chan struct{}, 2)} }
-
-// acquire waits for the turn of a request. Unless it fails, release is due.
-func (l *limiter) acquire(ctx context.Context) error {
-	select {
-	case l.slots <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	timer := time.NewTimer(l.book())
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		l.release()
-		return ctx.Err()
-	}
-}
-
-func (l *limiter) release() { <-l.slots }
-
-// book returns how long a request has to wait so that it starts a second after
-// the fifth one before it.
-func (l *limiter) book() time.Duration {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	now := time.Now()
-	start := l.starts[l.oldest].Add(time.Second)
-	if start.Before(now) {
-		start = now
-	}
-	l.starts[l.oldest] = start
-	l.oldest = (l.oldest + 1) % len(l.starts)
-	return start.Sub(now)
 }

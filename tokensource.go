@@ -135,28 +135,35 @@ func (c *Credential) TokenSource(resource string) *TokenSource {
 // Claims, which a service demands if it has had enough of a token, get a caller
 // past the cache once. A managed identity has tokens of its own tenant only, so
 // a TenantID is refused.
-func (c *Credential) GetToken(ctx context.Context, opts policy.TokenRequestOptions) (azcore.AccessToken, error) {
+func (c *Credential) GetToken(
+	ctx context.Context, opts policy.TokenRequestOptions,
+) (azcore.AccessToken, error) {
+	h, err := c.held(ctx, opts)
+	if err != nil {
+		return azcore.AccessToken{}, err
+	}
+	return azcore.AccessToken{
+		Token: h.oauth2.AccessToken, ExpiresOn: h.expiry, RefreshOn: h.refreshOn,
+	}, nil
+}
+
+// held returns what the cache holds for a request of the Azure SDK.
+func (c *Credential) held(ctx context.Context, opts policy.TokenRequestOptions) (*held, error) {
 	switch {
 	case len(opts.Scopes) != 1:
-		return azcore.AccessToken{}, fmt.Errorf("mitoken: a token has one scope, not %d", len(opts.Scopes))
+		return nil, fmt.Errorf("mitoken: a token has one scope, not %d", len(opts.Scopes))
 	case opts.TenantID != "":
-		return azcore.AccessToken{}, fmt.Errorf("mitoken: no tokens of the tenant %q: "+
+		return nil, fmt.Errorf("mitoken: no tokens of the tenant %q: "+
 			"an identity has those of its own only", opts.TenantID)
 	}
 	e, err := c.entry(strings.TrimSuffix(opts.Scopes[0], "/.default"))
 	if err != nil {
-		return azcore.AccessToken{}, err
+		return nil, err
 	}
-	var h *held
-	if opts.Claims == "" {
-		h, err = e.get(ctx)
-	} else {
-		h, err = e.renew(ctx, opts.Claims)
+	if opts.Claims != "" {
+		return e.renew(ctx, opts.Claims)
 	}
-	if err != nil {
-		return azcore.AccessToken{}, err
-	}
-	return azcore.AccessToken{Token: h.oauth2.AccessToken, ExpiresOn: h.expiry, RefreshOn: h.refreshOn}, nil
+	return e.get(ctx)
 }
 
 // Close ends all refreshes, and waits until requests that were under way have

@@ -105,7 +105,8 @@ func check(r *http.Request, q url.Values, bad error) (status int, code, text str
 	}
 	switch version := q.Get("api-version"); {
 	case len(chosen) > 1:
-		return invalid("Only one of %s selects an identity", strings.Join(slices.Sorted(slices.Values(chosen)), ", "))
+		slices.Sort(chosen)
+		return invalid("Only one of %s selects an identity", strings.Join(chosen, ", "))
 	case len(chosen) == 1 && q.Get(chosen[0]) == "":
 		return invalid("The parameter %q is empty", chosen[0])
 	case version == "":

@@ -39,9 +39,10 @@ func NewServer(h *Handler) *Server {
 		URL:      "http://" + l.Addr().String(),
 		Handler:  h,
 		listener: l,
-		server:   &http.Server{Handler: h, BaseContext: func(net.Listener) context.Context { return ctx }},
+		server:   &http.Server{Handler: h},
 		stop:     stop,
 	}
+	s.server.BaseContext = func(net.Listener) context.Context { return ctx }
 	s.client = &http.Client{Transport: &clientTransport{h, &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "tcp", l.Addr().String())

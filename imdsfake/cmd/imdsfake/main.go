@@ -26,8 +26,13 @@ import (
 )
 
 // consumer is the manifest of an app that is given none.
-const consumer = `[{"allowedMemberTypes": ["Application"], "displayName": "Consumer", "isEnabled": true,
-	"description": "Consumers can use the service", "value": "consumer"}]`
+const consumer = `[{
+	"allowedMemberTypes": ["Application"],
+	"description": "Consumers can use the service",
+	"displayName": "Consumer",
+	"isEnabled": true,
+	"value": "consumer"
+}]`
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -45,9 +50,11 @@ func main() {
 func run(ctx context.Context, args []string, out io.Writer) error {
 	flags := flag.NewFlagSet("imdsfake", flag.ContinueOnError)
 	flags.SetOutput(out)
-	addr := flags.String("addr", "127.0.0.1:8169", "`address` to listen on; whoever reaches it gets tokens of the fake")
+	addr := flags.String("addr", "127.0.0.1:8169",
+		"`address` to listen on; whoever reaches it gets tokens of the fake")
 	app := flags.String("app", "https://myapp.aztoso.com", "App ID `URI` of the service")
-	manifest := flags.String("manifest", "", "`file` with the app roles of the service, as az ad app create --app-roles takes it")
+	manifest := flags.String("manifest", "",
+		"`file` with the app roles of the service, as az ad app create --app-roles takes it")
 	lifetime := flags.Duration("lifetime", 24*time.Hour, "`duration` that tokens live")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -98,7 +105,8 @@ func newTenant(app, manifest string) (*imdsfake.Handler, error) {
 		Apps: []imdsfake.App{{URI: app, Roles: roles}},
 	}
 	for _, r := range roles {
-		fake.Assignments = append(fake.Assignments, imdsfake.Assignment{Identity: "host", Resource: app, Role: r.Value})
+		fake.Assignments = append(fake.Assignments,
+			imdsfake.Assignment{Identity: "host", Resource: app, Role: r.Value})
 	}
 	return fake, nil
 }
@@ -114,7 +122,8 @@ func describe(out io.Writer, base string, fake *imdsfake.Handler) {
 	for _, r := range app.Roles {
 		fmt.Fprintf(out, "  app role    %s, which the host has and the daemon has not\n", r.Value)
 	}
-	fmt.Fprintf(out, "  identities  the host's, and the daemon's with client_id=%s\n\n", fake.Identities[1].ClientID)
-	fmt.Fprintf(out, "curl -s -H Metadata:true '%s/metadata/identity/oauth2/token?api-version=2018-02-01&resource=%s'\n",
-		base, url.QueryEscape(app.URI))
+	fmt.Fprintf(out, "  identities  the host's, and the daemon's with client_id=%s\n\n",
+		fake.Identities[1].ClientID)
+	fmt.Fprintf(out, "curl -s -H Metadata:true '%s/metadata/identity/oauth2/token"+
+		"?api-version=2018-02-01&resource=%s'\n", base, url.QueryEscape(app.URI))
 }

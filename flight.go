@@ -1,0 +1,184 @@
+package mitoken
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/oauth2"
+)
+
+// This file is one round of asking an issuer, from the launch to what comes of
+// it: a token in the cache, or a failure, and when to ask next.
+
+// flightTimeout bounds one round of asking an issuer, retries and all. IMDS may
+// be away for 70 seconds while it is upgraded, which a first token waits for.
+const flightTimeout = 2 * time.Minute
+
+// An issuer asks whoever issues tokens for one, now. It does not cache and does
+// not schedule. Its methods are safe for concurrent use.
+type issuer interface {
+	// issue returns a token for the resource. It gives up when ctx is done.
+	issue(ctx context.Context, resource string, r round) (*token, error)
+	// source names who issues: Event.Source.
+	source() string
+}
+
+// A round says what is expected of an issuer this time.
+type round struct {
+	patient bool        // nobody has a token to use meanwhile: retry before giving up
+	renew   bool        // a token is in hand, and one from a cache on the way is of no use
+	claims  string      // what a service demanded of the token (a claims challenge), or empty
+	failed  func(error) // is told of each try that failed
+}
+
+// A token is what an issuer gave.
+type token struct {
+	value     string
+	expiry    time.Time
+	notBefore time.Time     // zero if unknown
+	expiresIn time.Duration // from the issue to expiry; zero if unknown
+}
+
+// A flight is one round of asking the issuer, shared by all who wait for it.
+type flight struct {
+	round round
+	begin instant
+	done  chan struct{} // closed when it is over
+	err   error         // set before done is closed
+	note  atomic.Value  // of type tried: why the round is not over yet
+}
+
+// tried is the failure of one try in a round that goes on.
+type tried struct{ error }
+
+// launch sends off a flight. e.mu is held, and no flight is under way.
+func (e *entry) launch(now instant, r round) {
+	f := &flight{round: r, begin: now, done: make(chan struct{})}
+	f.round.failed = func(err error) { f.note.Store(tried{err}) }
+	e.flight = f
+	e.publish()
+	e.stop()
+	e.cache.flights.Add(1)
+	go e.fly(f)
+}
+
+// fly asks the issuer. Its context belongs to the cache: no caller's end is the
+// end of a flight.
+func (e *entry) fly(f *flight) {
+	ctx, cancel := context.WithTimeout(e.cache.ctx, flightTimeout)
+	defer cancel()
+	var tok *token
+	err := errors.New("the issuer ended its goroutine") // unless it returns
+	defer func() {
+		if p := recover(); p != nil {
+			err = e.cache.panicked(p)
+		}
+		e.land(f, tok, err)
+	}()
+	tok, err = e.cache.issuer.issue(ctx, e.resource, f.round)
+	if err != nil && ctx.Err() == context.DeadlineExceeded {
+		// Not wrapped: the deadline is ours, and no caller's has passed.
+		err = fmt.Errorf("no answer within %v: %v", flightTimeout, err)
+	}
+}
+
+// land ends a flight: it settles the entry, releases the waiters, and only then
+// lets the hooks know.
+func (e *entry) land(f *flight, tok *token, err error) {
+	r := e.settle(f, tok, err)
+	close(f.done)
+	e.cache.flights.Done()
+	if !e.closed() {
+		e.cache.tell(r)
+	}
+}
+
+// settle stores what a flight brought and when to ask next, and reports it.
+func (e *entry) settle(f *flight, tok *token, err error) report {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := e.clock.now()
+	e.flight = nil
+	r := report{failures: e.failures, Event: Event{
+		Resource: e.resource,
+		Source:   e.cache.issuer.source(),
+		Start:    f.begin.time(),
+		Duration: time.Duration(now.mono - f.begin.mono),
+	}}
+	if err == nil {
+		r.New, err = e.take(now, tok)
+	}
+	if err != nil {
+		f.err = e.fail(now, err)
+		r.Err = f.err
+	} else {
+		e.failures, e.err = 0, nil
+		e.lastSuccess = now.time()
+		if f.round.claims != "" {
+			e.claims = f.round.claims
+		}
+	}
+	if e.held != nil {
+		r.Expiry = e.held.expiry
+	}
+	if !e.closed() {
+		e.publish()
+		e.sleep(now)
+	}
+	return r
+}
+
+// take puts a token that was issued in the place of the one in hand, and
+// reports whether it is a newer one. IMDS answers from a cache of its own, so
+// the same token, or even an older one, is no error: it will be newer later.
+func (e *entry) take(now instant, tok *token) (fresh bool, err error) {
+	remaining, lifetime := tok.lifespan(now)
+	same := e.held != nil && e.held.oauth2.AccessToken == tok.value
+	switch {
+	case remaining <= 0:
+		return false, fmt.Errorf("expires_on is %v, and it is %v: an expired token, or a wrong clock",
+			tok.expiry.UTC().Format(time.RFC3339), now.time().UTC().Format(time.RFC3339))
+	case same && !e.valid(now):
+		return false, errors.New("got the token that has just expired once more")
+	case e.valid(now) && !tok.expiry.After(e.held.expiry):
+		left := now.until(e.held.expires)
+		e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
+		return false, nil
+	}
+	e.next = now.add(refreshDelay(remaining, lifetime, rand.Float64()))
+	e.held = &held{
+		oauth2:    &oauth2.Token{AccessToken: tok.value, TokenType: "Bearer", Expiry: tok.expiry},
+		header:    "Bearer " + tok.value,
+		expiry:    tok.expiry,
+		refreshOn: e.next.time(),
+		lifetime:  lifetime,
+		due:       e.next,
+		expires:   now.add(remaining),
+	}
+	return true, nil
+}
+
+// fail counts a failure, which never touches the token in hand, and returns the
+// error that callers get until the next attempt.
+func (e *entry) fail(now instant, err error) error {
+	var after time.Duration
+	if r, ok := errors.AsType[*ResponseError](err); ok {
+		after = r.retryAfter
+	}
+	if e.held == nil {
+		e.next = now.add(holdDelay(after, rand.Float64()))
+	} else {
+		left := now.until(e.held.expires)
+		e.next = now.add(retryDelay(e.failures, left, e.held.lifetime, after, rand.Float64()))
+	}
+	e.failures++
+	if e.closed() {
+		err = ErrClosed
+	}
+	e.err = e.errorf("%w", err)
+	return e.err
+}
