@@ -850,6 +850,37 @@ func TestClaimsGetPastTheCacheOnce(t *testing.T) {
 	})
 }
 
+// A service that had enough of a token gets another one, even if that is not to
+// live as long. The same one again is no reason to ask before it is due.
+func TestClaimsTakeWhatIsOffered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := &scripted{}
+		same := newToken(0, day)
+		i.answer = func(_ context.Context, call int, r round) (*token, error) {
+			switch r.claims {
+			case "short":
+				return newToken(call, time.Hour), nil
+			default:
+				return same, nil
+			}
+		}
+		e := newEntry(t, i)
+		_, _ = e.get(t.Context())
+		time.Sleep(time.Hour)
+		if h, err := e.renew(t.Context(), "nothing else"); err != nil || h.oauth2.AccessToken != "token0" {
+			t.Errorf("got %v, %v, want the same token", h, err)
+		}
+		time.Sleep(8 * time.Hour)
+		if got := i.calls(); got != 2 {
+			t.Errorf("%d requests, want 2: the token is not due", got)
+		}
+		h, err := e.renew(t.Context(), "short")
+		if err != nil || h.oauth2.AccessToken != "token2" || mustGet(t, e) != "token2" {
+			t.Errorf("got %v, %v, want the shorter token", h, err)
+		}
+	})
+}
+
 // A flight that began before the challenge does not answer it.
 func TestClaimsDuringARefresh(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -110,7 +110,7 @@ func (e *entry) settle(f *flight, tok *token, err error) report {
 		Duration: time.Duration(now.mono - f.begin.mono),
 	}}
 	if err == nil {
-		r.New, err = e.take(now, tok)
+		r.New, err = e.take(now, tok, f.round.claims)
 	}
 	if err != nil {
 		f.err = e.fail(now, err)
@@ -133,20 +133,24 @@ func (e *entry) settle(f *flight, tok *token, err error) report {
 }
 
 // take puts a token that was issued in the place of the one in hand, and
-// reports whether it is a newer one. IMDS answers from a cache of its own, so
-// the same token, or even an older one, is no error: it will be newer later.
-func (e *entry) take(now instant, tok *token) (fresh bool, err error) {
+// reports whether it has. IMDS answers from a cache of its own, so the same
+// token, or even an older one, is no error: there will be a newer one later. One
+// that was issued for a claims challenge need not be newer.
+func (e *entry) take(now instant, tok *token, claims string) (taken bool, err error) {
 	remaining, lifetime := tok.lifespan(now)
 	same := e.held != nil && e.held.oauth2.AccessToken == tok.value
+	newer := !e.valid(now) || tok.expiry.After(e.held.expiry)
 	switch {
 	case remaining <= 0:
 		return false, fmt.Errorf("expires_on is %v, and it is %v: an expired token, or a wrong clock",
 			tok.expiry.UTC().Format(time.RFC3339), now.time().UTC().Format(time.RFC3339))
 	case same && !e.valid(now):
 		return false, errors.New("got the token that has just expired once more")
-	case e.valid(now) && !tok.expiry.After(e.held.expiry):
-		left := now.until(e.held.expires)
-		e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
+	case same, !newer && claims == "":
+		if e.next = e.held.due; !now.before(e.held.due) {
+			left := now.until(e.held.expires)
+			e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
+		}
 		return false, nil
 	}
 	e.next = now.add(refreshDelay(remaining, lifetime, rand.Float64()))

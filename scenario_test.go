@@ -24,7 +24,7 @@ import (
 // States: empty; fresh, an hour after the first token ("held"); due, when the
 // refresh falls due; expired, when the machine resumes after 25 h.
 //
-// Answers: a new token; the same as before; an older one, with 4 h left; one that
+// Answers: a new token; the same as before; another one, with 4 h left (older); one that
 // has expired; a retryable error (503); a final one (400); none (hang).
 type scenario struct {
 	State  string
