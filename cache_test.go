@@ -586,6 +586,85 @@ func TestWallClockSteps(t *testing.T) {
 	}
 }
 
+// The wall clock is wrong from the start, and IMDS and the service are right.
+func TestWrongClock(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		off    time.Duration
+		tokens bool // there are any
+		most   int  // requests a day
+	}{
+		{"in 1970", -30 * 365 * day, true, 3},
+		{"a day behind", -day, true, 3},
+		{"a minute behind", -time.Minute, true, 3},
+		{"a minute ahead", time.Minute, true, 3},
+		{"10 hours ahead", 10 * time.Hour, true, 60},
+		{"13 hours ahead", 13 * time.Hour, true, 130},
+		{"23 hours 59 minutes ahead", day - time.Minute, true, 3000},
+		{"two days ahead", 2 * day, false, 25_000},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				clock := &skewedClock{}
+				clock.step(tc.off)
+				i := &scripted{}
+				e := newSkewedEntry(t, i, clock, nil)
+				for range 2 * 24 * 60 {
+					h, err := e.get(t.Context())
+					switch {
+					case err == nil && !time.Now().Before(h.expiry):
+						t.Fatalf("got a token that expired %v ago", time.Since(h.expiry))
+					case (err == nil) != tc.tokens:
+						t.Fatalf("got %v", err)
+					case err != nil && !strings.Contains(err.Error(), "clock"):
+						t.Fatalf("%v: who would look at the clock?", err)
+					}
+					time.Sleep(time.Minute)
+				}
+				if got := i.calls() / 2; got > tc.most {
+					t.Errorf("%d requests a day, want at most %d", got, tc.most)
+				}
+			})
+		})
+	}
+}
+
+// The wall clock is set while IMDS is asked.
+func TestStepDuringFlight(t *testing.T) {
+	for _, step := range []time.Duration{-365 * day, -day, -time.Hour, time.Hour, 12 * time.Hour, 25 * time.Hour} {
+		for name, from := range map[string]time.Duration{"first": 0, "refresh": 13 * time.Hour} {
+			t.Run(fmt.Sprint(name, step), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					clock := &skewedClock{}
+					i := &scripted{latency: time.Minute}
+					e := newSkewedEntry(t, i, clock, nil)
+					if from > 0 {
+						_, _ = e.get(t.Context())
+						time.Sleep(time.Until(e.held.refreshOn) + time.Second)
+					} else {
+						go func() { _, _ = e.get(t.Context()) }()
+						time.Sleep(time.Second)
+					}
+					clock.step(step)
+					for range 3 * 24 * 60 {
+						h, err := e.get(t.Context())
+						if err == nil && !time.Now().Before(h.expiry) {
+							t.Fatalf("got a token that expired %v ago", time.Since(h.expiry))
+						}
+						if err != nil && step < day {
+							t.Fatal(err)
+						}
+						time.Sleep(time.Minute)
+					}
+					if got := i.calls(); step < 12*time.Hour && got > 12 {
+						t.Errorf("%d requests in three days", got)
+					}
+				})
+			})
+		}
+	}
+}
+
 // The wall clock was set back, and IMDS gives out a token again that has expired
 // by the clock that goes on: it is not made to live longer.
 func TestExpiredTokenComesAgain(t *testing.T) {
