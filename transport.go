@@ -64,7 +64,11 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		return nil, err
 	}
-	return t.base().RoundTrip(req)
+	resp, err := t.base().RoundTrip(req)
+	if resp != nil && resp.Request == nil {
+		resp.Request = req // strayed follows it
+	}
+	return resp, err
 }
 
 // check reports whether a request is to go without a token, or not at all.
@@ -128,8 +132,8 @@ func (t *Transport) send(req *http.Request, header string) (*http.Response, erro
 	}
 	out.Header["Authorization"] = out.value[:]
 	resp, err := t.base().RoundTrip(&out.Request)
-	if resp != nil && resp.Request == &out.Request {
-		resp.Request = req // for those who log it
+	if resp != nil {
+		resp.Request = req // without the token, for those who log it
 	}
 	return resp, err
 }
@@ -184,7 +188,7 @@ func (t *Transport) base() http.RoundTripper {
 
 // init makes the list of origins.
 func (t *Transport) init() {
-	if t.Source == nil {
+	if s, ok := t.Source.(*TokenSource); t.Source == nil || ok && s == nil {
 		t.err = errors.New("mitoken: Transport.Source is nil")
 		return
 	}

@@ -161,6 +161,7 @@ func TestTransportMisconfigured(t *testing.T) {
 		want string
 	}{
 		{"no source", &Transport{}, "Transport.Source is nil"},
+		{"nil TokenSource", &Transport{Source: (*TokenSource)(nil)}, "Transport.Source is nil"},
 		{"foreign source without origins", &Transport{Source: noSource{t}}, "Transport.Origins is empty"},
 		{"TokenSource from nowhere", &Transport{Source: &TokenSource{}}, "made by Credential.TokenSource"},
 		{"http", &Transport{Source: noSource{t}, Origins: []string{"http://api.example.com"}}, "clear text"},
@@ -237,6 +238,43 @@ func TestRequestIsNotModified(t *testing.T) {
 			}
 			base.got.Header["Authorization"][0] = "overwritten by a careless base"
 		}
+	}
+}
+
+// A base that clones the request shows the token to nobody above us, and one that
+// does not say which request it answers does not make us forget where we were.
+func TestRequestOfTheResponse(t *testing.T) {
+	src := newSource(t, "https://a.example")
+	for name, request := range map[string]func(*http.Request) *http.Request{
+		"clone": func(req *http.Request) *http.Request { return req.Clone(req.Context()) },
+		"nil":   func(*http.Request) *http.Request { return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var back string
+			base := roundTripper(func(req *http.Request) (*http.Response, error) {
+				resp := respond(req, 302, "")
+				resp.Request = request(req)
+				switch req.URL.Host + req.URL.Path {
+				case "a.example/":
+					resp.Header.Set("Location", "https://evil.example/")
+				case "evil.example/":
+					resp.Header.Set("Location", "https://a.example/delete")
+				default:
+					resp.StatusCode = 200
+					back = req.Header.Get("Authorization")
+				}
+				return resp, nil
+			})
+			client := &http.Client{Transport: &Transport{Source: src, Base: base}}
+			resp, err := client.Get("https://a.example/")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if back != "" || resp.Request.Header.Get("Authorization") != "" {
+				t.Errorf("the token went back as %q, and is in the response's request as %q",
+					back, resp.Request.Header.Get("Authorization"))
+			}
+		})
 	}
 }
 
