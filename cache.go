@@ -112,6 +112,7 @@ type held struct {
 	expiry    time.Time
 	refreshOn time.Time
 	lifetime  time.Duration
+	received  instant
 	due       instant // when it is to be refreshed
 	expires   instant // when nobody gets it any more
 }
@@ -216,11 +217,17 @@ func (e *entry) challenge(claims string) *flight {
 		return nil
 	case e.flight != nil:
 		return e.flight
-	case e.held == nil, e.claims == claims, now.before(e.force):
+	case e.held == nil:
+		if e.failures > 0 && now.before(e.next) {
+			return nil
+		}
+		e.launch(now, round{patient: true, claims: claims})
+		return e.flight
+	case e.claims == claims, now.before(e.force):
 		return nil
 	}
 	e.force = now.add(gap(e.held.lifetime))
-	e.launch(now, round{renew: true, claims: claims})
+	e.launch(now, round{held: e.held.expiry, claims: claims})
 	return e.flight
 }
 
@@ -231,13 +238,14 @@ func (e *entry) ask(now instant) {
 	if e.flight != nil || now.before(e.next) && (valid || e.failures > 0) {
 		return
 	}
-	e.launch(now, round{
-		// The first round of an outage that callers feel is a patient one, and
-		// the first token is worth every patience. After that next decides: many
-		// processes share one IMDS.
-		patient: e.held == nil || !valid && e.failures == 0,
-		renew:   e.held != nil,
-	})
+	// The first round of an outage that callers feel is a patient one, and the
+	// first token is worth every patience. After that next decides: many processes
+	// share one IMDS.
+	r := round{patient: e.held == nil || !valid && e.failures == 0}
+	if e.held != nil {
+		r.held = e.held.expiry
+	}
+	e.launch(now, r)
 }
 
 // publish tells callers what they may have without a look at the entry: the

@@ -230,7 +230,7 @@ func TestIdleSourceIsRefreshed(t *testing.T) {
 		}
 		mustGet(t, e)
 		for n, r := range i.rounds[1:] {
-			if !r.renew || r.patient {
+			if !r.renew() || r.patient {
 				t.Fatalf("round %d is %+v, want a renewal without patience", n+1, r)
 			}
 			if gap := i.times[n+1].Sub(i.times[n]); gap < day*4/10 || gap > day/2 {
@@ -586,6 +586,29 @@ func TestWallClockSteps(t *testing.T) {
 	}
 }
 
+// The clock was ahead when the token came, and has been set right since. IMDS
+// gives out the same token again, which is as good as it says.
+func TestClockSetRight(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		clock := &skewedClock{}
+		clock.step(8 * time.Hour)
+		only := newToken(0, day)
+		i := &scripted{answer: func(context.Context, int, round) (*token, error) { return only, nil }}
+		e := newSkewedEntry(t, i, clock, nil)
+		_, _ = e.get(t.Context())
+		time.Sleep(time.Hour)
+		clock.step(-8 * time.Hour)
+		for range 22*60 + 59 {
+			mustGet(t, e)
+			time.Sleep(time.Minute)
+		}
+		time.Sleep(time.Minute)
+		if _, err := e.get(t.Context()); err == nil {
+			t.Error("the token has expired, and is handed out")
+		}
+	})
+}
+
 // The wall clock is wrong from the start, and IMDS and the service are right.
 func TestWrongClock(t *testing.T) {
 	for _, tc := range []struct {
@@ -679,7 +702,7 @@ func TestExpiredTokenComesAgain(t *testing.T) {
 		mustGet(t, e)
 		for range 10 {
 			time.Sleep(time.Minute)
-			if _, err := e.get(t.Context()); err == nil || !strings.Contains(err.Error(), "once more") {
+			if _, err := e.get(t.Context()); err == nil || !strings.Contains(err.Error(), "set back") {
 				t.Fatalf("got %v, want an error", err)
 			}
 		}
@@ -883,6 +906,32 @@ func TestHooksThatPanic(t *testing.T) {
 	})
 }
 
+// A logger may call a service with a token itself, and must not wait for us.
+func TestPanicIsLoggedLast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var c *cache
+		h := &tokenHandler{Handler: slog.DiscardHandler}
+		i := &scripted{answer: func(context.Context, int, round) (*token, error) { panic("bug") }}
+		c = newCache(i, systemClock{}, slog.New(h), nil)
+		defer c.close()
+		h.entry = c.add("https://service")
+		if _, err := h.entry.get(t.Context()); err == nil || !strings.Contains(err.Error(), "panic") {
+			t.Errorf("got %v, want the panic", err)
+		}
+		synctest.Wait()
+	})
+}
+
+type tokenHandler struct {
+	slog.Handler
+	entry *entry
+}
+
+func (h *tokenHandler) Enabled(ctx context.Context, _ slog.Level) bool {
+	_, _ = h.entry.get(ctx)
+	return true
+}
+
 type panickingHandler struct{ slog.Handler }
 
 func (panickingHandler) Enabled(context.Context, slog.Level) bool { panic("logger") }
@@ -911,7 +960,7 @@ func TestClaimsGetPastTheCacheOnce(t *testing.T) {
 		}
 		wg.Wait()
 		renew("a", "token1", 2)
-		if got := i.rounds[1]; got.claims != "a" || !got.renew {
+		if got := i.rounds[1]; got.claims != "a" || !got.renew() {
 			t.Errorf("the round is %+v", got)
 		}
 		// A service that is never content is not IMDS's problem.
@@ -956,6 +1005,53 @@ func TestClaimsTakeWhatIsOffered(t *testing.T) {
 		h, err := e.renew(t.Context(), "short")
 		if err != nil || h.oauth2.AccessToken != "token2" || mustGet(t, e) != "token2" {
 			t.Errorf("got %v, %v, want the shorter token", h, err)
+		}
+	})
+}
+
+// A challenge is for the token in hand: after the next refresh it may come again.
+func TestClaimsAreForOneToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := &scripted{}
+		e := newEntry(t, i)
+		_, _ = e.get(t.Context())
+		for range 5 {
+			time.Sleep(day * 3 / 4)
+			before := i.calls()
+			for range 3 {
+				if _, err := e.renew(t.Context(), "the same each time"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := i.calls() - before; got != 1 {
+				t.Errorf("%d requests, want 1", got)
+			}
+		}
+	})
+}
+
+func TestClaimsOfTheFirstToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		i := &scripted{}
+		e := newEntry(t, i)
+		if _, err := e.renew(t.Context(), "a"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := e.renew(t.Context(), "a"); err != nil || i.calls() != 1 {
+			t.Errorf("%d requests, %v", i.calls(), err)
+		}
+		if got := i.rounds[0]; got.claims != "a" || !got.patient {
+			t.Errorf("the round is %+v", got)
+		}
+		i.answer = func(context.Context, int, round) (*token, error) { return nil, errOutage }
+		other := e.cache.add("other")
+		for range 100 {
+			if _, err := other.renew(t.Context(), "a"); !errors.Is(err, errOutage) {
+				t.Errorf("got %v, want the outage", err)
+			}
+		}
+		if got := i.calls(); got != 2 {
+			t.Errorf("%d requests, want 2: a failure is held", got)
 		}
 	})
 }

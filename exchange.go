@@ -41,6 +41,7 @@ var hostLimiter = newLimiter()
 type exchange struct {
 	base  http.RoundTripper
 	limit *limiter
+	began func() // is called when it is the try's turn, if not nil
 }
 
 func (x *exchange) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -48,6 +49,9 @@ func (x *exchange) RoundTrip(req *http.Request) (*http.Response, error) {
 		return nil, err
 	}
 	defer x.limit.release()
+	if x.began != nil {
+		x.began()
+	}
 	ctx, cancel := context.WithTimeout(req.Context(), tryTimeout)
 	defer cancel()
 	resp, err := x.base.RoundTrip(req.WithContext(ctx))

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,7 +34,7 @@ type unavailableError struct {
 	hint     string // what to do about it
 }
 
-const offAzure = "; off Azure, set Credential.Fallback, " +
+const offAzure = "; on a developer's machine, set Credential.Fallback, " +
 	"for example to azidentity's AzureCLICredential"
 
 func (e *unavailableError) Error() string {
@@ -65,13 +66,41 @@ func (d *delegate) source() string {
 // makes the one that says nothing but "a token of now", in the form that a
 // service's own demand has (Microsoft: "Claims challenges, claims requests, and
 // client capabilities").
+//
+// A credential that takes no claims, as that of the Azure CLI, is asked without.
+// So is one that fails with them, but then only a newer token counts: the one in
+// its cache would hide an outage.
 func (d *delegate) issue(ctx context.Context, resource string, r round) (*token, error) {
-	opts := policy.TokenRequestOptions{Scopes: []string{resource + "/.default"}, Claims: r.claims}
-	if r.renew && r.claims == "" {
-		opts.Claims = fmt.Sprintf(`{"access_token":{"nbf":{"essential":true,"value":"%d"}}}`,
+	claims := r.claims
+	if r.renew() && claims == "" && d.takesClaims() {
+		claims = fmt.Sprintf(`{"access_token":{"nbf":{"essential":true,"value":"%d"}}}`,
 			time.Now().Unix())
 	}
-	got, err := d.credential.GetToken(ctx, opts)
+	tok, err := d.ask(ctx, resource, claims)
+	if err != nil && claims != r.claims {
+		if plain, perr := d.ask(ctx, resource, ""); perr == nil && plain.expiry.After(r.held) {
+			return plain, nil
+		}
+	}
+	return tok, err
+}
+
+// takesClaims reports whether claims get past the credential's cache. Those that
+// run a program to get a token refuse them.
+func (d *delegate) takesClaims() bool {
+	switch d.credential.(type) {
+	case *azidentity.AzureCLICredential, *azidentity.AzureDeveloperCLICredential,
+		*azidentity.AzurePowerShellCredential:
+		return false
+	}
+	return true
+}
+
+// ask asks once.
+func (d *delegate) ask(ctx context.Context, resource, claims string) (*token, error) {
+	got, err := d.credential.GetToken(ctx, policy.TokenRequestOptions{
+		Scopes: []string{resource + "/.default"}, Claims: claims,
+	})
 	if err != nil {
 		return nil, d.refusal(err)
 	}
@@ -124,28 +153,35 @@ func (c *contact) source() string {
 }
 
 func (c *contact) issue(ctx context.Context, resource string, r round) (*token, error) {
-	if c.chosen.Load() == nil {
-		select {
-		case c.turn <- struct{}{}:
-			defer func() { <-c.turn }()
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
 	if i := c.chosen.Load(); i != nil {
 		return (*i).issue(ctx, resource, r)
 	}
-	return c.first(ctx, resource, r)
+	select {
+	case c.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	release := sync.OnceFunc(func() { <-c.turn })
+	defer release()
+	if i := c.chosen.Load(); i != nil {
+		release()
+		return (*i).issue(ctx, resource, r)
+	}
+	return c.first(ctx, resource, r, release)
 }
 
 // first gets the first token. Any answer by HTTP settles for IMDS, and nothing
 // but a token for the fallback: while neither has given a sign, it is found out
 // again the next time, so that a machine whose IMDS starts late is not taken
 // for a laptop that is not logged in.
-func (c *contact) first(ctx context.Context, resource string, r round) (*token, error) {
-	tok, err := c.imds.reach(ctx, resource, r)
-	if c.imds.answered.Load() {
+func (c *contact) first(
+	ctx context.Context, resource string, r round, release func(),
+) (*token, error) {
+	tok, err := c.imds.reach(ctx, resource, r, func() {
 		c.settle(c.imds)
+		release() // the others know whom to ask now, and need not wait for this token
+	})
+	if c.chosen.Load() != nil {
 		return tok, err
 	}
 	gone, ok := errors.AsType[*unavailableError](err)

@@ -3,7 +3,10 @@ package mitoken
 import (
 	"context"
 	"errors"
+	"io"
+	"log"
 	"net/http"
+	"net/http/httptest"
 	"net/http/httptrace"
 	"strings"
 	"sync"
@@ -78,6 +81,80 @@ func TestUpstream(t *testing.T) {
 			t.Errorf("claims are %q", got)
 		}
 	})
+}
+
+// choosy is a credential that refuses claims, as the Azure CLI's does, and keeps
+// its tokens until five minutes before they expire.
+type choosy struct{ upstream }
+
+func (c *choosy) GetToken(ctx context.Context, opts policy.TokenRequestOptions) (azcore.AccessToken, error) {
+	if opts.Claims != "" {
+		return azcore.AccessToken{}, errors.New("az login --claims-challenge")
+	}
+	return c.upstream.GetToken(ctx, opts)
+}
+
+func TestUpstreamThatTakesNoClaims(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cred := &Credential{Upstream: &choosy{}}
+		defer cred.Close()
+		src := cred.TokenSource("r")
+		for range 5 * 24 * 60 {
+			if tok, err := src.Token(); err != nil || !time.Now().Before(tok.Expiry) {
+				t.Fatalf("got %v", err)
+			}
+			time.Sleep(time.Minute)
+		}
+	})
+}
+
+// Those of azidentity that refuse claims are not asked with any.
+func TestCredentialsWithoutClaims(t *testing.T) {
+	cli, err := azidentity.NewAzureCLICredential(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if (&delegate{cli}).takesClaims() {
+		t.Error("the Azure CLI's credential takes claims")
+	}
+	_, err = cli.GetToken(t.Context(), policy.TokenRequestOptions{Scopes: []string{"r/.default"}, Claims: "{}"})
+	if err == nil || !strings.Contains(err.Error(), "claims") {
+		t.Errorf("it has learnt to: got %v", err)
+	}
+	if !(&delegate{&upstream{}}).takesClaims() {
+		t.Error("others do not")
+	}
+}
+
+// The cache of a credential must not hide that whoever issues its tokens is down.
+func TestUpstreamOutageShows(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &outOfOrder{}
+		cred := &Credential{Upstream: up}
+		defer cred.Close()
+		src := cred.TokenSource("r")
+		if _, err := src.Token(); err != nil {
+			t.Fatal(err)
+		}
+		up.down.Store(true)
+		time.Sleep(13 * time.Hour)
+		if got := src.Status(); got.Failures == 0 || got.State != "due" {
+			t.Errorf("the status is %+v", got)
+		}
+	})
+}
+
+// outOfOrder has its cache only while it is down.
+type outOfOrder struct {
+	upstream
+	down atomic.Bool
+}
+
+func (o *outOfOrder) GetToken(ctx context.Context, opts policy.TokenRequestOptions) (azcore.AccessToken, error) {
+	if o.down.Load() && opts.Claims != "" {
+		return azcore.AccessToken{}, errOutage
+	}
+	return o.upstream.GetToken(ctx, opts)
 }
 
 func TestUpstreamErrors(t *testing.T) {
@@ -270,6 +347,68 @@ func TestNeitherNor(t *testing.T) {
 			t.Errorf("got %v from %s", err, src.Status().Source)
 		}
 	})
+}
+
+// IMDS answers at once, but our own limit has most of them wait: that is no sign
+// that nobody is there.
+func TestFallbackIsNotForTheBusy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		limit := newLimiter()
+		var wg sync.WaitGroup
+		for range 30 {
+			wg.Go(func() {
+				m, err := newIMDS(nil, "", answering(validAnswer))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				m.limit = limit
+				c := newContact(m, &upstream{})
+				_, err = c.issue(t.Context(), "r", round{patient: true, failed: func(error) {}})
+				if err != nil || c.source() != "imds" {
+					t.Errorf("got %v from %s", err, c.source())
+				}
+			})
+		}
+		wg.Wait()
+	})
+}
+
+// One resource that IMDS does not know for now holds up no other.
+func TestFallbackDoesNotHoldUpOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cred := &Credential{Fallback: &upstream{}, IMDSTransport: roundTripper(func(req *http.Request) (*http.Response, error) {
+			if req.URL.Query().Get("resource") == "bad" {
+				return respond(req, 404, ""), nil
+			}
+			return respond(req, 200, validAnswer(req)), nil
+		})}
+		defer cred.Close()
+		go func() { _, _ = cred.TokenSource("bad").Token() }()
+		synctest.Wait()
+		begin := time.Now()
+		if _, err := cred.TokenSource("good").Token(); err != nil || time.Since(begin) > 0 {
+			t.Errorf("got %v after %v", err, time.Since(begin))
+		}
+	})
+}
+
+// Who answers the dial is there, even if its certificate is not to our liking.
+func TestFallbackIsNotForABadCertificate(t *testing.T) {
+	srv := httptest.NewTLSServer(nil)
+	defer srv.Close()
+	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
+	up := &upstream{}
+	cred := &Credential{Fallback: up, Endpoint: srv.URL}
+	defer cred.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if _, err := cred.TokenSource("r").TokenContext(ctx); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("got %v, want ErrUnavailable", err)
+	}
+	if len(up.calls) > 0 {
+		t.Error("the fallback was asked")
+	}
 }
 
 // Many resources find out together, once.

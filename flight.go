@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime/debug"
 	"sync/atomic"
 	"time"
 
@@ -30,10 +31,14 @@ type issuer interface {
 // A round says what is expected of an issuer this time.
 type round struct {
 	patient bool        // nobody has a token to use meanwhile: retry before giving up
-	renew   bool        // a token is in hand, and one from a cache on the way is of no use
+	held    time.Time   // when the token in hand expires, which is to be renewed; zero if none
 	claims  string      // what a service demanded of the token (a claims challenge), or empty
 	failed  func(error) // is told of each try that failed
 }
+
+// renew reports whether a token is in hand, so that the same one from a cache on
+// the way is of no use.
+func (r round) renew() bool { return !r.held.IsZero() }
 
 // A token is what an issuer gave.
 type token struct {
@@ -74,13 +79,17 @@ func (e *entry) fly(f *flight) {
 	var tok *token
 	err := errors.New("the issuer ended its goroutine") // unless it returns
 	defer func() {
-		if p := recover(); p != nil {
-			err = e.cache.panicked(p)
+		p := recover()
+		if p == nil {
+			e.land(f, tok, err)
+			return
 		}
-		e.land(f, tok, err)
+		stack := debug.Stack()
+		e.land(f, nil, panicError(p))
+		e.cache.logPanic(p, stack) // last: the logger may need a token itself
 	}()
 	tok, err = e.cache.issuer.issue(ctx, e.resource, f.round)
-	if err != nil && ctx.Err() == context.DeadlineExceeded {
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() != nil {
 		// Not wrapped: the deadline is ours, and no caller's has passed.
 		err = fmt.Errorf("no answer within %v: %v", flightTimeout, err)
 	}
@@ -118,9 +127,6 @@ func (e *entry) settle(f *flight, tok *token, err error) report {
 	} else {
 		e.failures, e.err = 0, nil
 		e.lastSuccess = now.time()
-		if f.round.claims != "" {
-			e.claims = f.round.claims
-		}
 	}
 	if e.held != nil {
 		r.Expiry = e.held.expiry
@@ -140,30 +146,45 @@ func (e *entry) take(now instant, tok *token, claims string) (taken bool, err er
 	remaining, lifetime := tok.lifespan(now)
 	same := e.held != nil && e.held.oauth2.AccessToken == tok.value
 	newer := !e.valid(now) || tok.expiry.After(e.held.expiry)
+	if same {
+		// It does not live longer for having come again.
+		age := time.Duration(now.mono - e.held.received.mono)
+		remaining = min(remaining, e.held.lifetime-age)
+	}
 	switch {
-	case remaining <= 0:
+	case remaining < time.Second && same && tok.expiry.After(now.time()):
+		return false, errors.New("the token that has expired came again, and expires_on says " +
+			"that it has not: the clock was set back")
+	case remaining < time.Second:
 		return false, fmt.Errorf("expires_on is %v, and it is %v: an expired token, or a wrong clock",
 			tok.expiry.UTC().Format(time.RFC3339), now.time().UTC().Format(time.RFC3339))
-	case same && !e.valid(now):
-		return false, errors.New("got the token that has just expired once more")
-	case same, !newer && claims == "":
+	case same && e.valid(now), !newer && claims == "":
 		if e.next = e.held.due; !now.before(e.held.due) {
 			left := now.until(e.held.expires)
 			e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
 		}
+		if same && claims != "" {
+			e.claims = claims // this is all the answer there is
+		}
 		return false, nil
 	}
 	e.next = now.add(refreshDelay(remaining, lifetime, rand.Float64()))
-	e.held = &held{
+	e.claims = claims
+	h := &held{
 		oauth2:    &oauth2.Token{AccessToken: tok.value, TokenType: "Bearer", Expiry: tok.expiry},
 		header:    "Bearer " + tok.value,
 		expiry:    tok.expiry,
 		refreshOn: e.next.time(),
 		lifetime:  lifetime,
+		received:  now,
 		due:       e.next,
 		expires:   now.add(remaining),
 	}
-	return true, nil
+	if same { // the clock that said it had expired was wrong
+		h.received, h.lifetime = e.held.received, e.held.lifetime
+	}
+	e.held = h
+	return !same, nil
 }
 
 // fail counts a failure, which never touches the token in hand, and returns the

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -46,8 +47,8 @@ type imds struct {
 	endpoint string // base URL
 	selector string // the query parameter that selects an identity; empty for the default one
 	id       string // its value
-	client   *http.Client
-	answered atomic.Bool // by HTTP, ever
+	base     http.RoundTripper
+	limit    *limiter
 }
 
 // newIMDS returns the issuer for an identity, or what is wrong with the fields
@@ -63,14 +64,13 @@ func newIMDS(id azidentity.ManagedIDKind, endpoint string, base http.RoundTrippe
 			return nil, fmt.Errorf("mitoken: Credential.Endpoint: %w", err)
 		}
 	}
-	tries := &exchange{base, newLimiter()}
+	m.base, m.limit = base, newLimiter()
 	if base == nil {
-		tries.base = hostTransport
+		m.base = hostTransport
 	}
 	if base == nil && m.endpoint == imdsEndpoint {
-		tries.limit = hostLimiter
+		m.limit = hostLimiter
 	}
-	m.client = &http.Client{Transport: tries, CheckRedirect: noRedirect}
 	return m, nil
 }
 
@@ -112,7 +112,7 @@ func checkEndpoint(endpoint string) (string, error) {
 	case u.Host == "" || u.User != nil || strings.Trim(u.Path, "/")+u.RawQuery+u.Fragment != "":
 		return "", fmt.Errorf("%q is not of the form http://host:port", endpoint)
 	case u.Scheme == "https", u.Scheme == "http" && isLocal(u.Hostname()):
-		return strings.TrimRight(endpoint, "/"), nil
+		return u.Scheme + "://" + u.Host, nil
 	}
 	return "", fmt.Errorf("%q is neither https nor a loopback or link-local address", endpoint)
 }
@@ -138,20 +138,30 @@ func (m *imds) issue(ctx context.Context, resource string, r round) (*token, err
 }
 
 // reach is issue while it is not known whether there is a metadata service. It
-// gives up when none has been reached within reachWithin. A connection is
-// enough: what is slow is there, and not to be given up for another identity.
-func (m *imds) reach(ctx context.Context, resource string, r round) (*token, error) {
+// gives up when none has been reached within reachWithin of the first try. A
+// connection is enough: what is slow is there, and not to be given up for another
+// identity. It calls answered when there is an answer, of whatever kind.
+func (m *imds) reach(
+	ctx context.Context, resource string, r round, answered func(),
+) (*token, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	re := &retries{imds: m, round: r, seeking: true}
-	timer := time.AfterFunc(reachWithin, func() {
-		if !re.reached.Load() {
-			cancel()
-		}
+	re := &retries{imds: m, round: r, seeking: true, answered: answered}
+	begin := sync.OnceFunc(func() {
+		time.AfterFunc(reachWithin, func() {
+			if !re.reached.Load() {
+				cancel()
+			}
+		})
 	})
-	defer timer.Stop()
+	re.began = begin
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) { re.reached.Store(true) },
+		ConnectDone: func(_, _ string, err error) { // GotConn waits for TLS
+			if err == nil {
+				re.reached.Store(true)
+			}
+		},
 	})
 	return re.do(ctx, resource)
 }
@@ -178,12 +188,14 @@ func (m *imds) request(ctx context.Context, resource string) (*retryablehttp.Req
 type retries struct {
 	*imds
 	round
-	seeking bool          // it is not known whether anybody is there
-	reached atomic.Bool   // somebody is, after all
-	tries   int           // so far
-	busy    time.Time     // of the first 410 or 429
-	delay   time.Duration // before the next try
-	last    error         // of the last try that failed
+	seeking  bool          // it is not known whether anybody is there
+	reached  atomic.Bool   // somebody is, after all
+	began    func()        // is called when a try has had its turn, if not nil
+	answered func()        // is called when there is an answer, if not nil
+	tries    int           // so far
+	busy     time.Time     // of the first 410 or 429
+	delay    time.Duration // before the next try
+	last     error         // of the last try that failed
 }
 
 // do makes the round.
@@ -193,7 +205,10 @@ func (re *retries) do(ctx context.Context, resource string) (*token, error) {
 		return nil, err
 	}
 	client := &retryablehttp.Client{
-		HTTPClient:   re.client,
+		HTTPClient: &http.Client{
+			Transport:     &exchange{re.base, re.limit, re.began},
+			CheckRedirect: noRedirect,
+		},
 		Logger:       nil,        // its own writes to stderr
 		RetryMax:     1 << 30,    // check decides
 		CheckRetry:   re.check,   // its own retries neither 404 nor 410
@@ -204,12 +219,14 @@ func (re *retries) do(ctx context.Context, resource string) (*token, error) {
 	switch {
 	case err == nil && resp.StatusCode == http.StatusOK:
 		return readToken(resp, resource, re.clientID())
-	case re.last == nil && re.seeking && !re.reached.Load():
+	case re.last != nil:
+		return nil, re.last
+	case re.seeking && !re.reached.Load():
 		return nil, re.unavailable(fmt.Errorf("no connection within %v", reachWithin))
-	case re.last == nil:
-		return nil, err // the context's
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return nil, re.unavailable(errors.New("other requests to it took all the time"))
 	}
-	return nil, re.last
+	return nil, err // the context's
 }
 
 // unavailable is the error of a try, or a round, in which nothing answered.
@@ -232,7 +249,9 @@ func (re *retries) check(ctx context.Context, resp *http.Response, err error) (b
 		re.last = re.unavailable(err)
 	} else {
 		re.reached.Store(true)
-		re.answered.Store(true)
+		if re.answered != nil {
+			re.answered()
+		}
 		if resp.StatusCode == http.StatusOK {
 			return false, nil
 		}

@@ -162,9 +162,11 @@ func TestBadConfiguration(t *testing.T) {
 	for _, good := range []string{
 		"http://127.0.0.1:1", "http://[::1]:1", "http://localhost:1", "http://169.254.169.254",
 		"http://169.254.1.2/", "http://[fe80::1]", "https://imds.example", "https://10.0.0.1",
+		"http://127.0.0.1:1/?", "http://127.0.0.1:1/#",
 	} {
-		if _, err := checkEndpoint(good); err != nil {
-			t.Errorf("checkEndpoint(%q) = %v", good, err)
+		base, err := checkEndpoint(good)
+		if want := strings.TrimRight(good, "/?#"); err != nil || base != want {
+			t.Errorf("checkEndpoint(%q) = %q, %v, want %q", good, base, err, want)
 		}
 	}
 }
@@ -310,12 +312,90 @@ func TestUnavailable(t *testing.T) {
 		}
 		want := `mitoken: token for "https://myapp.aztoso.com": no metadata service answered at ` +
 			`http://169.254.169.254 in 6 tries: dial tcp: connect: connection refused; ` +
-			`off Azure, set Credential.Fallback, for example to azidentity's AzureCLICredential`
+			`on a developer's machine, set Credential.Fallback, for example to azidentity's AzureCLICredential`
 		if err.Error() != want {
 			t.Errorf("got  %v\nwant %v", err, want)
 		}
 	})
 }
+
+// The end of a round takes nothing from what its error is.
+func TestErrorsKeepTheirClass(t *testing.T) {
+	hang := func(req *http.Request) (*http.Response, error) {
+		<-req.Context().Done()
+		return nil, req.Context().Err()
+	}
+	t.Run("many that hang", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			cred := &Credential{IMDSTransport: roundTripper(hang)}
+			defer cred.Close()
+			var wg sync.WaitGroup
+			for n := range 60 {
+				wg.Go(func() {
+					_, err := cred.TokenSource(fmt.Sprint("r", n)).Token()
+					if !errors.Is(err, ErrUnavailable) || errors.Is(err, context.DeadlineExceeded) {
+						t.Errorf("got %v, want ErrUnavailable", err)
+					}
+				})
+			}
+			wg.Wait()
+		})
+	})
+	t.Run("refused, then hangs", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			n := 0
+			cred := &Credential{IMDSTransport: roundTripper(func(req *http.Request) (*http.Response, error) {
+				if n++; n > 1 {
+					return hang(req)
+				}
+				return respond(req, 503, ""), nil
+			})}
+			defer cred.Close()
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+			defer cancel()
+			_, err := cred.TokenSource("r").TokenContext(ctx)
+			if _, ok := errors.AsType[*ResponseError](err); !ok || !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("got %v, want the 503 and the deadline", err)
+			}
+		})
+	})
+}
+
+// All who ask IMDS itself share one limit. Others have their own.
+func TestWhoSharesTheLimit(t *testing.T) {
+	for _, tc := range []struct {
+		endpoint string
+		base     http.RoundTripper
+		shared   bool
+	}{
+		{"", nil, true}, {"http://127.0.0.1:1", nil, false}, {"", &journal{}, false},
+	} {
+		m, err := newIMDS(nil, tc.endpoint, tc.base)
+		if err != nil || (m.limit == hostLimiter) != tc.shared {
+			t.Errorf("%+v: %v", tc, err)
+		}
+	}
+	if !hostTransport.DisableCompression || !hostTransport.DisableKeepAlives || hostTransport.MaxResponseHeaderBytes == 0 {
+		t.Error("hostTransport is not what it has to be")
+	}
+}
+
+// A body without an end is cut off.
+func TestEndlessBody(t *testing.T) {
+	cred := &Credential{IMDSTransport: roundTripper(func(req *http.Request) (*http.Response, error) {
+		resp := respond(req, 200, "")
+		resp.Body = io.NopCloser(endless{})
+		return resp, nil
+	})}
+	defer cred.Close()
+	if _, err := cred.TokenSource("r").Token(); err == nil || !strings.Contains(err.Error(), "longer than 65536 bytes") {
+		t.Errorf("got %v", err)
+	}
+}
+
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { return len(p), nil }
 
 // A timeout of ours must not look like the caller's.
 func TestTimeoutsAreOurs(t *testing.T) {

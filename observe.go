@@ -120,22 +120,25 @@ func (c *cache) log(r report) {
 func (c *cache) guard(f func()) {
 	defer func() {
 		if p := recover(); p != nil {
-			_ = c.panicked(p)
+			c.logPanic(p, debug.Stack())
 		}
 	}()
 	f()
 }
 
-// panicked turns a panic into an error, and logs where it was. The value is not
-// shown, unless it is the runtime's own: it could hold a token.
-func (c *cache) panicked(p any) error {
-	err := fmt.Errorf("panic of type %T", p)
-	if r, ok := p.(runtime.Error); ok {
-		err = fmt.Errorf("panic: %w", r)
-	}
+// logPanic logs where a panic was.
+func (c *cache) logPanic(p any, stack []byte) {
 	if c.logger != nil {
 		defer func() { _ = recover() }() // it may be the logger that panics
-		c.logger.Error("mitoken: recovered", "error", err, "stack", string(debug.Stack()))
+		c.logger.Error("mitoken: recovered", "error", panicError(p), "stack", string(stack))
 	}
-	return err
+}
+
+// panicError returns a panic as an error. The value is not shown, unless it is
+// the runtime's own: it could hold a token.
+func panicError(p any) error {
+	if r, ok := p.(runtime.Error); ok {
+		return fmt.Errorf("panic: %w", r)
+	}
+	return fmt.Errorf("panic of type %T", p)
 }

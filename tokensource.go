@@ -107,8 +107,8 @@ type Credential struct {
 	Logger *slog.Logger
 
 	// Observe, if not nil, is called once for each attempt to get a token, after
-	// those who wait for the token have got it. It may be called concurrently
-	// for different resources, and must not be slow.
+	// those who wait for the token have got it. It must be safe for concurrent
+	// use.
 	Observe func(Event)
 
 	clock clock // nil: systemClock
@@ -133,8 +133,9 @@ func (c *Credential) TokenSource(resource string) *TokenSource {
 // is [TokenSource.TokenContext] for the resource of the one scope in opts.
 //
 // Claims, which a service demands if it has had enough of a token, get a caller
-// past the cache once. A managed identity has tokens of its own tenant only, so
-// a TenantID is refused.
+// past the cache once. A TenantID is ignored, as azidentity's managed identity
+// does: an identity has tokens of its own tenant only, and clients such as Key
+// Vault's name it each time.
 func (c *Credential) GetToken(
 	ctx context.Context, opts policy.TokenRequestOptions,
 ) (azcore.AccessToken, error) {
@@ -149,12 +150,8 @@ func (c *Credential) GetToken(
 
 // held returns what the cache holds for a request of the Azure SDK.
 func (c *Credential) held(ctx context.Context, opts policy.TokenRequestOptions) (*held, error) {
-	switch {
-	case len(opts.Scopes) != 1:
+	if len(opts.Scopes) != 1 {
 		return nil, fmt.Errorf("mitoken: a token has one scope, not %d", len(opts.Scopes))
-	case opts.TenantID != "":
-		return nil, fmt.Errorf("mitoken: no tokens of the tenant %q: "+
-			"an identity has those of its own only", opts.TenantID)
 	}
 	e, err := c.entry(strings.TrimSuffix(opts.Scopes[0], "/.default"))
 	if err != nil {
