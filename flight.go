@@ -145,46 +145,51 @@ func (e *entry) settle(f *flight, tok *token, err error) report {
 func (e *entry) take(now instant, tok *token, claims string) (taken bool, err error) {
 	remaining, lifetime := tok.lifespan(now)
 	same := e.held != nil && e.held.oauth2.AccessToken == tok.value
-	newer := !e.valid(now) || tok.expiry.After(e.held.expiry)
-	if same {
-		// It does not live longer for having come again.
-		age := time.Duration(now.mono - e.held.received.mono)
-		remaining = min(remaining, e.held.lifetime-age)
-	}
-	switch {
-	case remaining < time.Second && same && tok.expiry.After(now.time()):
-		return false, errors.New("the token that has expired came again, and expires_on says " +
-			"that it has not: the clock was set back")
-	case remaining < time.Second:
-		return false, fmt.Errorf("expires_on is %v, and it is %v: an expired token, or a wrong clock",
-			tok.expiry.UTC().Format(time.RFC3339), now.time().UTC().Format(time.RFC3339))
-	case same && e.valid(now), !newer && claims == "":
-		if e.next = e.held.due; !now.before(e.held.due) {
-			left := now.until(e.held.expires)
-			e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
-		}
-		if same && claims != "" {
+	if same && e.valid(now) {
+		if claims != "" {
 			e.claims = claims // this is all the answer there is
 		}
+		e.probe(now)
+		return false, nil
+	}
+	received := now
+	if same { // it has expired, by a clock that has been set since
+		received, lifetime = e.held.received, e.held.lifetime
+		age := time.Duration(now.mono - received.mono)
+		remaining = min(remaining, lifetime-age)
+	}
+	switch {
+	case remaining < time.Second && tok.expiry.Sub(now.time()) < time.Second:
+		return false, fmt.Errorf("expires_on is %v, and it is %v: an expired token, or a wrong clock",
+			tok.expiry.UTC().Format(time.RFC3339), now.time().UTC().Format(time.RFC3339))
+	case remaining < time.Second:
+		return false, errors.New("the token that has expired came again, and expires_on says " +
+			"that it has not: the clock was set back")
+	case e.valid(now) && !tok.expiry.After(e.held.expiry) && claims == "":
+		e.probe(now)
 		return false, nil
 	}
 	e.next = now.add(refreshDelay(remaining, lifetime, rand.Float64()))
 	e.claims = claims
-	h := &held{
+	e.held = &held{
 		oauth2:    &oauth2.Token{AccessToken: tok.value, TokenType: "Bearer", Expiry: tok.expiry},
 		header:    "Bearer " + tok.value,
 		expiry:    tok.expiry,
 		refreshOn: e.next.time(),
 		lifetime:  lifetime,
-		received:  now,
+		received:  received,
 		due:       e.next,
 		expires:   now.add(remaining),
 	}
-	if same { // the clock that said it had expired was wrong
-		h.received, h.lifetime = e.held.received, e.held.lifetime
-	}
-	e.held = h
 	return !same, nil
+}
+
+// probe puts off the next request, after an answer that brought nothing new.
+func (e *entry) probe(now instant) {
+	if e.next = e.held.due; !now.before(e.next) {
+		left := now.until(e.held.expires)
+		e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
+	}
 }
 
 // fail counts a failure, which never touches the token in hand, and returns the
