@@ -80,9 +80,11 @@ type Credential struct {
 	// the only one that is assigned.
 	ID azidentity.ManagedIDKind
 
-	// Upstream is asked for all tokens, in place of the host, if it is not nil:
-	// a service principal with a secret or a certificate, for example. Its tokens
-	// are kept and refreshed like others. It must honor its context.
+	// Upstream is asked for all tokens, in place of the host's metadata service,
+	// if it is not nil: a service principal with a secret or a certificate, for
+	// example, or azidentity's credential for a host that has another service, as
+	// App Service. Its tokens are kept and refreshed like others, as far as it
+	// lets go of those in a cache of its own. It must honor its context.
 	Upstream azcore.TokenCredential
 
 	// Fallback is asked if the host turns out to have no metadata service, as a
