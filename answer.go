@@ -187,8 +187,9 @@ func (f *fields) fail(format, name string) {
 	}
 }
 
-// A ResponseError is a refusal of whoever issues tokens: it answered, and not
-// with a token. Use [errors.As] to get at it.
+// A ResponseError is an answer that refuses a token: of the metadata service, or
+// of the token endpoint behind an Upstream or a Fallback. Use [errors.As] to get
+// at it.
 type ResponseError struct {
 	// StatusCode is the HTTP status code.
 	StatusCode int

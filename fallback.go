@@ -18,11 +18,10 @@ import (
 // This file is the other issuers: azidentity's credentials, and the choice
 // between IMDS and one of them on a host that may have no IMDS.
 
-// ErrUnavailable is the error of a token that was asked for where nothing
-// answered: there is no metadata service, as on a developer's machine (see
-// [Credential.Fallback]), or it is out of reach. It comes wrapped, and for a
-// first token after up to a minute of retries, unless the caller's context ends
-// them.
+// ErrUnavailable reports that nothing answered: there is no metadata service, as
+// on a developer's machine (see [Credential.Fallback]), or it is out of reach. It
+// comes wrapped: use [errors.Is]. A first token is tried for up to a minute or so
+// before that, unless the caller's context ends the wait.
 var ErrUnavailable = errors.New("no metadata service answered")
 
 // unavailableError is an ErrUnavailable with its circumstances.

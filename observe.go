@@ -17,16 +17,16 @@ type Event struct {
 	Duration time.Duration // how long it took, retries and waiting included
 	Err      error         // why it failed; nil if it did not
 	Expiry   time.Time     // when the token in hand expires; zero if there is none
-	New      bool          // whether that token came with this attempt; false if it came again
+	New      bool          // whether this attempt brought it; false if the same token came again
 }
 
 // Status is the state of a [TokenSource] at one time, for a health page (it
 // encodes as JSON) and for gauges. It never holds a token.
 type Status struct {
-	// State is "empty" while no token was had, "fresh" before the token is to
-	// be refreshed, "due" after that, "expired" when it has expired, and
-	// "closed" after [Credential.Close]. Callers get a token if it is fresh or
-	// due, whatever the other fields say.
+	// State is "empty" before the first token, "fresh" until its refresh falls
+	// due, "due" until it expires, then "expired", and "closed" after
+	// [Credential.Close]. While it is fresh or due, callers get the token,
+	// whatever the other fields say.
 	State string `json:"state"`
 
 	// Source is who issues the tokens: "imds", or the kind of the credential.
@@ -37,8 +37,8 @@ type Status struct {
 	Expiry    time.Time `json:"expiry,omitzero"`
 	RefreshOn time.Time `json:"refresh_on,omitzero"`
 
-	// LastSuccess is when the source last got an answer that was a valid token,
-	// a new one or the same.
+	// LastSuccess is when an attempt last brought a valid token, a new one or the
+	// same.
 	LastSuccess time.Time `json:"last_success,omitzero"`
 
 	// Failures counts the failed attempts since, and LastError is the text of

@@ -28,17 +28,17 @@
 // the usual token of 24, costs no caller an error or a wait; one that begins
 // just after a refresh, up to 24.
 //
-// This cannot help a program that starts during the outage, and a token that was
-// issued cannot be taken back: what an identity may do changes for good only
-// with its next token.
+// It cannot help a program that starts during the outage. And a token cannot be
+// taken back once it is issued: an app role that is granted or revoked shows only
+// in the next one.
 //
 // # Errors
 //
-// A [*ResponseError] is a refusal: the issuer answered, with no token.
+// A [*ResponseError] is a refusal: whoever issues tokens answered, with none.
 // [ErrUnavailable] means that nothing answered, [ErrClosed] that the Credential
-// was closed, and an [*OriginError] that a request was not one to attach a token
-// to. They come wrapped, for [errors.Is] and [errors.As]. Mistakes in the fields
-// of a Credential or a Transport are errors of the first token, which name the
+// was closed, and an [*OriginError] that a request was going where no token may
+// go. They come wrapped: use [errors.Is] and [errors.As]. A mistake in a field of
+// a Credential or a Transport is the error of the first token, and names the
 // field.
 //
 // No error, log record, [Event] or [Status] holds a token.
@@ -59,8 +59,8 @@ import (
 	"golang.org/x/oauth2"
 )
 
-// ErrClosed is the error of a token that was asked for after
-// [Credential.Close]. It comes wrapped.
+// ErrClosed reports that a token was asked for after [Credential.Close]. It comes
+// wrapped: use [errors.Is].
 var ErrClosed = errors.New("the credential is closed")
 
 // A Credential is an identity, with a cache of its tokens.
@@ -84,7 +84,7 @@ type Credential struct {
 	// if it is not nil: a service principal with a secret or a certificate, for
 	// example, or azidentity's credential for a host that has another service, as
 	// App Service. Its tokens are kept and refreshed like others, as far as it
-	// lets go of those in a cache of its own. It must honor its context.
+	// lets go of those in a cache of its own. It must return when its context is done.
 	Upstream azcore.TokenCredential
 
 	// Fallback is asked if the host turns out to have no metadata service, as a
@@ -92,7 +92,7 @@ type Credential struct {
 	// the first request for a token. From its first token on it is asked for all
 	// of them; where the metadata service has answered once, it never is. If
 	// nil, such a host has no tokens, only [ErrUnavailable]. It is ignored if
-	// Upstream is set. It must honor its context.
+	// Upstream is set. It must return when its context is done.
 	Fallback azcore.TokenCredential
 
 	// Endpoint is the base URL of the metadata service. It must be https, or
@@ -104,8 +104,8 @@ type Credential struct {
 	// used that takes no proxy, as the service demands, and keeps no connection.
 	IMDSTransport http.RoundTripper
 
-	// Logger gets a record when the first token is issued, when a row of
-	// failures begins, and when it ends. If nil, nothing is logged.
+	// Logger gets a record when the first token is issued, when attempts begin
+	// to fail, and when they succeed again. If nil, nothing is logged.
 	Logger *slog.Logger
 
 	// Observe, if not nil, is called once for each attempt to get a token, after
@@ -246,7 +246,7 @@ type TokenSource struct {
 
 var _ oauth2.TokenSource = (*TokenSource)(nil)
 
-// Token is [TokenSource.TokenContext] without an end to its patience.
+// Token is [TokenSource.TokenContext] with a context that never ends.
 func (s *TokenSource) Token() (*oauth2.Token, error) {
 	return s.TokenContext(context.Background())
 }
@@ -260,7 +260,8 @@ func (s *TokenSource) Token() (*oauth2.Token, error) {
 // Between requests that fail it returns the last error at once. The error may be
 // a [*ResponseError], [ErrUnavailable], [ErrClosed] or the context's.
 //
-// The token is shared: it must not be modified. Formatting it shows its secret.
+// The token is shared: it must not be modified. Formatting it with package fmt
+// prints the secret.
 func (s *TokenSource) TokenContext(ctx context.Context) (*oauth2.Token, error) {
 	h, err := s.held(ctx)
 	if err != nil {
