@@ -184,7 +184,7 @@ func (c *contact) first(
 		return tok, err
 	}
 	gone, ok := errors.AsType[*unavailableError](err)
-	if !ok || gone.reached {
+	if !ok || gone.reached || ctx.Err() != nil {
 		return nil, err
 	}
 	tok, ferr := c.fallback.issue(ctx, resource, r)

@@ -374,6 +374,26 @@ func TestFallbackIsNotForTheBusy(t *testing.T) {
 	})
 }
 
+// Nor is it for who never had a turn.
+func TestFallbackIsNotForWhoHasNotAsked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, err := newIMDS(nil, "", answering(validAnswer))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			_ = m.limit.acquire(t.Context())
+		}
+		up := &upstream{}
+		ctx, cancel := context.WithTimeout(t.Context(), flightTimeout)
+		defer cancel()
+		_, err = newContact(m, up).issue(ctx, "r", round{patient: true, failed: func(error) {}})
+		if !errors.Is(err, ErrUnavailable) || len(up.calls) > 0 {
+			t.Errorf("got %v after %d calls of the fallback", err, len(up.calls))
+		}
+	})
+}
+
 // One resource that IMDS does not know for now holds up no other.
 func TestFallbackDoesNotHoldUpOthers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

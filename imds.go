@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"net/url"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -147,14 +146,21 @@ func (m *imds) reach(
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	re := &retries{imds: m, round: r, seeking: true, answered: answered}
-	begin := sync.OnceFunc(func() {
-		time.AfterFunc(reachWithin, func() {
-			if !re.reached.Load() {
-				cancel()
-			}
-		})
-	})
-	re.began = begin
+	var timer *time.Timer
+	re.began = func() {
+		if timer == nil {
+			timer = time.AfterFunc(reachWithin, func() {
+				if !re.reached.Load() {
+					cancel()
+				}
+			})
+		}
+	}
+	defer func() {
+		if timer != nil {
+			timer.Stop()
+		}
+	}()
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(httptrace.GotConnInfo) { re.reached.Store(true) },
 		ConnectDone: func(_, _ string, err error) { // GotConn waits for TLS
@@ -221,10 +227,10 @@ func (re *retries) do(ctx context.Context, resource string) (*token, error) {
 		return readToken(resp, resource, re.clientID())
 	case re.last != nil:
 		return nil, re.last
-	case re.seeking && !re.reached.Load():
-		return nil, re.unavailable(fmt.Errorf("no connection within %v", reachWithin))
 	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		return nil, re.unavailable(errors.New("other requests to it took all the time"))
+	case re.seeking && !re.reached.Load():
+		return nil, re.unavailable(fmt.Errorf("no connection within %v", reachWithin))
 	}
 	return nil, err // the context's
 }
