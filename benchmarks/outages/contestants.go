@@ -59,7 +59,10 @@ func newAzidentity(t *testing.T, imds http.RoundTripper) *azidentity.ManagedIden
 func startAzidentity(t *testing.T, imds http.RoundTripper, resource string) (call, func()) {
 	cred := newAzidentity(t, imds)
 	opts := policy.TokenRequestOptions{Scopes: []string{resource + "/.default"}}
-	return func(ctx context.Context) error { _, err := cred.GetToken(ctx, opts); return err }, func() {}
+	return func(ctx context.Context) error {
+		_, err := cred.GetToken(ctx, opts)
+		return err
+	}, func() {}
 }
 
 func startMSAL(t *testing.T, imds http.RoundTripper, resource string) (call, func()) {

@@ -40,7 +40,8 @@ func main() {
 	testing.Init()
 	apart := flag.Duration("apart", 10*time.Minute,
 		"`time` between the beginnings of the outages that are tried")
-	kind := flag.String("kind", "refuse", "what the service does meanwhile: `refuse`, hang, or 503")
+	kind := flag.String("kind", "refuse",
+		"what the service does meanwhile: `refuse`, hang, or 503")
 	flag.Parse()
 	faults := map[string]imdsfake.Fault{
 		"refuse": {Failure: imdsfake.Refuse}, "hang": {Failure: imdsfake.Hang}, "503": {Status: 503},
