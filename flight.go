@@ -186,7 +186,8 @@ func (e *entry) take(now instant, tok *token, claims string) (taken bool, err er
 
 // probe puts off the next request, after an answer that brought nothing new.
 func (e *entry) probe(now instant) {
-	if e.next = e.held.due; !now.before(e.next) {
+	soon := now.add(gap(e.held.lifetime))
+	if e.next = e.held.due; !soon.before(e.next) {
 		left := now.until(e.held.expires)
 		e.next = now.add(probeDelay(left, e.held.lifetime, rand.Float64()))
 	}

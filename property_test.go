@@ -82,8 +82,9 @@ func (h *history) issue(ctx context.Context, _ string, r round) (*token, error) 
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
-	now = time.Now()
-	if newer := h.held == nil || tok.expiry.After(h.held.expiry); tok.expiry.After(now) && (newer || r.claims != "") {
+	// A token that is about to expire is no use.
+	usable := time.Until(tok.expiry) >= time.Second
+	if newer := h.held == nil || tok.expiry.After(h.held.expiry); usable && (newer || r.claims != "") {
 		h.held = tok
 		if !newer {
 			h.resets++
