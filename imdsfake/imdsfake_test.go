@@ -415,7 +415,7 @@ func TestFaults(t *testing.T) {
 		try := func(t *testing.T, fake *imdsfake.Handler, rt http.RoundTripper) {
 			tc.fault.Times = 1
 			fake.Inject(tc.fault)
-			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 			defer cancel()
 			resp, err := rt.RoundTrip(newRequest(plain).WithContext(ctx))
 			var body []byte
