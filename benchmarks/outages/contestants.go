@@ -21,8 +21,14 @@ import (
 
 // A contestant is a way to have tokens. All are as their users have them: the
 // defaults, with nothing replaced but the transport to the metadata service.
+//
+// MSAL means to refresh a token at half its life, but forgets to (see
+// https://github.com/AzureAD/microsoft-authentication-library-for-go/issues/570),
+// and azidentity and azcore's policy depend on it: up to v1.10.1 they ask for the
+// next token in the last five minutes of the one in hand.
 type contestant struct {
-	name string
+	name   string
+	trials int // that it went through; see [suffer]
 
 	// start returns a call that needs a token, and what ends it all.
 	start func(t *testing.T, imds http.RoundTripper, resource string) (call, func())
@@ -31,12 +37,12 @@ type contestant struct {
 // A call is what needs a token. It fails if there is none.
 type call func(context.Context) error
 
-var contestants = []contestant{
-	{"mitoken", startMitoken},
-	{"azidentity", startAzidentity},
-	{"MSAL", startMSAL},
-	{"azcore's policy over azidentity", startPolicy},
-	{"x/oauth2's ReuseTokenSource", startOauth2},
+var contestants = []*contestant{
+	{name: "mitoken", start: startMitoken},
+	{name: "azidentity", start: startAzidentity},
+	{name: "MSAL", start: startMSAL},
+	{name: "azcore's policy over azidentity", start: startPolicy},
+	{name: "x/oauth2's ReuseTokenSource", start: startOauth2},
 }
 
 func startMitoken(_ *testing.T, imds http.RoundTripper, resource string) (call, func()) {

@@ -5,8 +5,8 @@
 //
 // Each is given the same work, in simulated time: tokens that live for 24 hours,
 // from the same fake metadata service, and a call a minute with a deadline of
-// 30 s. The outage begins at any time of the life of the first token. What is
-// printed is measured in that run, as Markdown.
+// 30 s, until an hour after the outage. The outage begins at any time of the life
+// of the first token. What is printed is measured in that run, as Markdown.
 package main
 
 import (
@@ -14,12 +14,12 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -32,36 +32,43 @@ const (
 	every    = time.Minute      // a call
 	patience = 30 * time.Second // of a call
 	after    = time.Hour        // that is looked at when the outage is over
+
+	trial = 4 * day // that one takes at most, and the tokens that it leaves behind
 )
 
-var lengths = []time.Duration{time.Minute, 10 * time.Minute, time.Hour, 6 * time.Hour, 12 * time.Hour}
+var lengths = []time.Duration{
+	time.Minute, 10 * time.Minute, time.Hour, 6 * time.Hour, 12 * time.Hour,
+}
 
 func main() {
 	testing.Init()
-	apart := flag.Duration("apart", 10*time.Minute,
-		"`time` between the beginnings of the outages that are tried")
-	kind := flag.String("kind", "refuse",
-		"what the service does meanwhile: `refuse`, hang, or 503")
+	quick := flag.Bool("quick", false, "try few outages: every 3 hours, not every 10 minutes")
+	kind := flag.String("kind", "refuse", "what the service does meanwhile: `refuse`, hang, or 503")
 	flag.Parse()
 	faults := map[string]imdsfake.Fault{
 		"refuse": {Failure: imdsfake.Refuse}, "hang": {Failure: imdsfake.Hang}, "503": {Status: 503},
 	}
 	fault, ok := faults[*kind]
-	if !ok || *apart <= 0 {
-		fmt.Fprintln(os.Stderr, "outages: -kind is refuse, hang or 503, and -apart more than nothing")
+	if !ok || flag.NArg() > 0 {
+		fmt.Fprintln(os.Stderr, "usage: outages [-quick] [-kind refuse|hang|503]")
 		os.Exit(2)
 	}
-	// Simulated time needs a test to run in, whose own output is not wanted.
+	apart := 10 * time.Minute
+	if *quick {
+		apart = 3 * time.Hour
+	}
+	// Simulated time needs a test to run in. What that has to say is no table.
 	out := os.Stdout
-	os.Stdout, _ = os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+	os.Stdout = os.Stderr
 	testing.Main(func(string, string) (bool, error) { return true, nil }, []testing.InternalTest{{
 		Name: "outages",
 		F: func(t *testing.T) {
-			results := measure(t, fault, *apart)
+			results := measure(t, fault, apart)
 			if t.Failed() {
 				return
 			}
-			write(out, *kind, *apart, results)
+			write(out, *kind, apart, results)
+			os.Stdout = nil // Main would write PASS
 		},
 	}}, nil, nil)
 }
@@ -74,10 +81,33 @@ type key struct {
 
 // A result is what outages of one length cost the callers of one contestant.
 type result struct {
-	outages int           // tried
+	outages int           // that begin at regular intervals
 	felt    int           // of which a call failed in
-	failed  int           // calls, in the worst of them
-	longest time.Duration // a call took
+	failed  int           // calls, in the worst of all
+	longest time.Duration // that a call took, in any of all
+}
+
+// A start is when an outage begins, in the life of the first token.
+type start struct {
+	at    time.Duration
+	extra bool // one that is not at a regular interval
+}
+
+// starts returns those that are tried: at regular intervals, and each minute of the
+// last ten of a token's life, and of the first half of it. It is then that the next
+// token falls due, at the latest: with the others, and with mitoken. So that is where
+// the worst is, and intervals of any length would step over it. All are half a minute
+// past, so that no outage begins or ends with a call.
+func starts(apart time.Duration) (all []start) {
+	for at := every / 2; at < day; at += apart {
+		all = append(all, start{at: at})
+	}
+	for _, end := range []time.Duration{day / 2, day} {
+		for at := end - 10*time.Minute + every/2; at < end; at += every {
+			all = append(all, start{at: at, extra: true})
+		}
+	}
+	return all
 }
 
 // measure tries all outages.
@@ -88,18 +118,7 @@ func measure(t *testing.T, fault imdsfake.Fault, apart time.Duration) map[key]re
 	for _, c := range contestants {
 		wg.Go(func() {
 			for _, length := range lengths {
-				var r result
-				// Half a minute past, so that no outage begins or ends with a call.
-				for start := every / 2; start < day; start += apart {
-					synctest.Test(t, func(t *testing.T) {
-						failed, longest := suffer(t, c, fault, start, length)
-						r.outages++
-						if failed > 0 {
-							r.felt++
-						}
-						r.failed, r.longest = max(r.failed, failed), max(r.longest, longest)
-					})
-				}
+				r := c.try(t, fault, apart, length)
 				mu.Lock()
 				results[key{c.name, length}] = r
 				mu.Unlock()
@@ -110,46 +129,82 @@ func measure(t *testing.T, fault imdsfake.Fault, apart time.Duration) map[key]re
 	return results
 }
 
-// trials counts them. MSAL's cache is that of the process, and every bubble begins
-// at the same time, so each trial is for a resource of its own.
-var trials atomic.Int64
-
-// suffer tries one outage, and returns how many calls failed in it and how long
-// the longest one took.
-func suffer(t *testing.T, c contestant, fault imdsfake.Fault, start, length time.Duration) (
-	failed int, longest time.Duration,
-) {
-	fake := &imdsfake.Handler{}
-	call, stop := c.start(t, fake, fmt.Sprintf("api://%d", trials.Add(1)))
-	defer stop()
-	fault.For = length
-	begin := time.Now()
-	time.AfterFunc(start, func() { fake.Inject(fault) })
-	for n := time.Duration(0); n*every <= start+length+after; n++ {
-		time.Sleep(time.Until(begin.Add(n * every)))
-		called := time.Now()
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		err := call(ctx)
-		cancel()
-		if n == 0 {
-			if err != nil {
-				t.Fatalf("%s: the first call: %v", c.name, err)
-			}
+// try tries the outages of one length.
+func (c *contestant) try(t *testing.T, fault imdsfake.Fault, apart, length time.Duration) result {
+	var r result
+	for _, s := range starts(apart) {
+		failed, longest := c.suffer(t, fault, s.at, length)
+		r.failed, r.longest = max(r.failed, failed), max(r.longest, longest)
+		if s.extra {
 			continue
 		}
-		if err != nil {
-			failed++
+		r.outages++
+		if failed > 0 {
+			r.felt++
 		}
-		longest = max(longest, time.Since(called))
 	}
+	return r
+}
+
+// suffer tries one outage, and returns how many calls failed in it and how long
+// the longest one took. The first call, which has to wait in any case, does not
+// count.
+//
+// MSAL's cache is that of the process, and every bubble begins at the same time. So
+// a trial begins when the tokens of those before it have expired. A resource of its
+// own would do, too, but that cache is searched from end to end.
+func (c *contestant) suffer(t *testing.T, fault imdsfake.Fault, start, length time.Duration) (
+	failed int, longest time.Duration,
+) {
+	gap := time.Duration(c.trials) * trial
+	c.trials++
+	fault.For = length
+	synctest.Test(t, func(t *testing.T) {
+		time.Sleep(gap)
+		begin := time.Now()
+		fake := &imdsfake.Handler{}
+		call, stop := c.start(t, fake, "api://"+url.PathEscape(c.name))
+		defer stop()
+		if _, err := timed(call); err != nil {
+			t.Fatalf("%s: the first call: %v", c.name, err)
+		}
+		time.AfterFunc(start, func() { fake.Inject(fault) })
+		for next := every; next <= start+length+after; next += every {
+			time.Sleep(time.Until(begin.Add(next)))
+			took, err := timed(call)
+			if err != nil {
+				failed++
+			}
+			longest = max(longest, took)
+		}
+	})
 	return failed, longest
 }
 
-// write writes the table.
+// timed makes a call, and returns how long it took.
+func timed(call call) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	begin := time.Now()
+	err := call(ctx)
+	return time.Since(begin), err
+}
+
+// write writes the tables.
 func write(w io.Writer, kind string, apart time.Duration, results map[key]result) {
 	fmt.Fprintf(w, "The metadata service fails (%s) for a while, beginning at any time of a "+
-		"token's life (every %s). In how many of these outages calls fail; in the worst of them, "+
-		"how many, of one a minute; and how long the longest call takes.\n\n", kind, short(apart))
+		"token's life (every %s). In how many of these outages calls fail:\n\n", kind, short(apart))
+	table(w, results, result.share)
+	fmt.Fprintf(w, "\nIn the worst of them, and of those that begin in each of the last ten "+
+		"minutes of the token's life, and of the first half of it: how many calls fail, of one "+
+		"a minute, and how long the longest takes:\n\n")
+	table(w, results, result.worst)
+	fmt.Fprintf(w, "\nMeasured on %s with %s, %s.\n",
+		time.Now().Format(time.DateOnly), runtime.Version(), strings.Join(versions(), ", "))
+}
+
+// table writes one table, with a row for each length of an outage.
+func table(w io.Writer, results map[key]result, cell func(result) string) {
 	head, rule := "| outage |", "|---|"
 	for _, c := range contestants {
 		head += " " + c.name + " |"
@@ -159,23 +214,22 @@ func write(w io.Writer, kind string, apart time.Duration, results map[key]result
 	for _, length := range lengths {
 		row := fmt.Sprintf("| %s |", short(length))
 		for _, c := range contestants {
-			row += " " + results[key{c.name, length}].String() + " |"
+			row += " " + cell(results[key{c.name, length}]) + " |"
 		}
 		fmt.Fprintln(w, row)
 	}
-	fmt.Fprintf(w, "\nMeasured on %s with %s, %s.\n",
-		time.Now().Format(time.DateOnly), runtime.Version(), strings.Join(versions(), ", "))
 }
 
-func (r result) String() string {
-	if r.failed == 0 && r.longest == 0 {
-		return fmt.Sprintf("0 of %d", r.outages)
-	}
+func (r result) share() string {
+	return fmt.Sprintf("%d of %d", r.felt, r.outages)
+}
+
+func (r result) worst() string {
 	calls := "calls"
 	if r.failed == 1 {
 		calls = "call"
 	}
-	return fmt.Sprintf("%d of %d; %d %s; %s", r.felt, r.outages, r.failed, calls, short(r.longest))
+	return fmt.Sprintf("%d %s; %s", r.failed, calls, short(r.longest))
 }
 
 // short is a duration without the parts of it that are zero.
