@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -64,7 +63,7 @@ type outage struct {
 // lifetime. In a longer one they fail from the expiry of the token in hand until
 // the outage is over, give or take what the back-off allows.
 func (o *outage) check(t *testing.T, every time.Duration) {
-	fake := &imdsfake.Handler{}
+	fake := &imdsfake.Handler{Cache: imdsfake.NoCache}
 	cred := &mitoken.Credential{IMDSTransport: fake}
 	defer cred.Close()
 	src := cred.TokenSource(resource)
@@ -139,7 +138,7 @@ func TestFlapping(t *testing.T) {
 	for _, chance := range []float64{0.01, 0.1, 0.5} {
 		t.Run(fmt.Sprint(chance), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				fake := &imdsfake.Handler{}
+				fake := &imdsfake.Handler{Cache: imdsfake.NoCache}
 				cred := &mitoken.Credential{IMDSTransport: &unreliable{fake, chance}}
 				defer cred.Close()
 				src := cred.TokenSource(resource)
@@ -171,7 +170,7 @@ func TestBrownOut(t *testing.T) {
 	for _, latency := range []time.Duration{9 * time.Second, 30 * time.Second} {
 		t.Run(latency.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				fake := &imdsfake.Handler{}
+				fake := &imdsfake.Handler{Cache: imdsfake.NoCache}
 				cred := &mitoken.Credential{IMDSTransport: fake}
 				defer cred.Close()
 				src := cred.TokenSource(resource)
@@ -201,7 +200,7 @@ func TestRetryAfterInBackground(t *testing.T) {
 	for _, after := range []string{"0", "1", "86400", "-1", "99999999999999999999", "Fri, 31 Dec 1999 23:59:59 GMT", "soon"} {
 		t.Run(after, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				fake := &imdsfake.Handler{}
+				fake := &imdsfake.Handler{Cache: imdsfake.NoCache}
 				cred := &mitoken.Credential{IMDSTransport: fake}
 				defer cred.Close()
 				src := cred.TokenSource(resource)
@@ -227,29 +226,25 @@ func TestRetryAfterInBackground(t *testing.T) {
 // TestCachesOfIMDS is each way in which IMDS may hand out tokens, for ten days,
 // with a bound on the requests that it costs.
 func TestCachesOfIMDS(t *testing.T) {
-	kept := func(d time.Duration) http.RoundTripper { return &imdsfake.Handler{KeepFor: d} }
 	for _, tc := range []struct {
 		name     string
-		imds     http.RoundTripper
-		requests int64         // a day, at most
+		cache    imdsfake.Cache
+		requests int           // a day, at most
 		least    time.Duration // that is left of a token, at least
 	}{
-		{"a new one each time", kept(0), 3, day / 2},
-		{"the same until half its life is over", kept(day / 2), 30, day / 2},
-		{"the same until 5 minutes before its end", kept(day - 5*time.Minute), 75, 0},
-		{"the same until its end", kept(day), 80, 0},
-		{"two in turn", &alternating{a: imdsfake.Handler{KeepFor: day / 2}, b: imdsfake.Handler{KeepFor: day / 2}}, 60, day/2 - 20*time.Minute},
-		{"older ones after newer ones", &alternating{b: imdsfake.Handler{Lifetime: 6 * time.Hour}}, 30, day/2 - 20*time.Minute},
-		{"an old one at first", &aged{fake: imdsfake.Handler{KeepFor: day - 5*time.Minute}}, 75, 0},
+		{"a new one each time", imdsfake.NoCache, 3, day / 2},
+		{"the same until half its life is over", imdsfake.UntilHalfLife, 30, day / 2},
+		{"the same until 5 minutes before its end", imdsfake.UntilLastMinutes, 75, 0},
+		{"the same until its end", imdsfake.UntilExpiry, 80, 0},
+		{"two in turn", imdsfake.Alternating, 60, day/2 - 20*time.Minute},
+		{"older ones after newer ones", imdsfake.OlderAfterNewer, 30, day/2 - 20*time.Minute},
+		{"an old one at first", imdsfake.AgedFirst, 75, 0},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				imds := &counting{RoundTripper: tc.imds}
-				cred := &mitoken.Credential{IMDSTransport: imds}
+				fake := &imdsfake.Handler{Cache: tc.cache}
+				cred := &mitoken.Credential{IMDSTransport: fake}
 				defer cred.Close()
-				if a, ok := tc.imds.(*aged); ok {
-					a.age()
-				}
 				src := cred.TokenSource(resource)
 				least := day
 				const days = 10
@@ -265,93 +260,12 @@ func TestCachesOfIMDS(t *testing.T) {
 				if least < tc.least {
 					t.Errorf("once, only %v were left, want %v", least, tc.least)
 				}
-				if got := imds.n.Load() / days; got > tc.requests {
+				if got := len(fake.Requests()) / days; got > tc.requests {
 					t.Errorf("%d requests a day, want at most %d", got, tc.requests)
 				}
 			})
 		})
 	}
-}
-
-// counting counts requests.
-type counting struct {
-	http.RoundTripper
-	n atomic.Int64
-}
-
-func (c *counting) RoundTrip(req *http.Request) (*http.Response, error) {
-	c.n.Add(1)
-	return c.RoundTripper.RoundTrip(req)
-}
-
-// alternating is a metadata service of two halves, with a cache each.
-type alternating struct {
-	a, b imdsfake.Handler
-	n    atomic.Int64
-}
-
-func (a *alternating) RoundTrip(req *http.Request) (*http.Response, error) {
-	if a.n.Add(1)%2 == 0 {
-		return a.b.RoundTrip(req)
-	}
-	return a.a.RoundTrip(req)
-}
-
-// aged is a metadata service whose cache has a token that is 23 hours old.
-type aged struct{ fake imdsfake.Handler }
-
-func (a *aged) age() {
-	cred := &mitoken.Credential{IMDSTransport: &a.fake}
-	_, _ = cred.TokenSource(resource).Token()
-	cred.Close()
-	time.Sleep(23 * time.Hour)
-}
-
-func (a *aged) RoundTrip(req *http.Request) (*http.Response, error) { return a.fake.RoundTrip(req) }
-
-// A host is a virtual machine whose processes share what IMDS allows it: five
-// requests at a time and 20 in a second (Microsoft: "Azure Instance Metadata
-// Service", rate limiting). A request takes 30 ms.
-type host struct {
-	imds imdsfake.Handler
-
-	mu       sync.Mutex
-	under    int
-	starts   []time.Time // of the requests in the last second
-	requests int
-	refused  int
-}
-
-func (h *host) RoundTrip(req *http.Request) (*http.Response, error) {
-	if !h.enter() {
-		return &http.Response{StatusCode: 429, Header: http.Header{}, Body: http.NoBody, Request: req}, nil
-	}
-	defer h.leave()
-	time.Sleep(30 * time.Millisecond)
-	return h.imds.RoundTrip(req)
-}
-
-func (h *host) enter() bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.requests++
-	now := time.Now()
-	for len(h.starts) > 0 && now.Sub(h.starts[0]) >= time.Second {
-		h.starts = h.starts[1:]
-	}
-	if h.under == 5 || len(h.starts) == 20 {
-		h.refused++
-		return false
-	}
-	h.under++
-	h.starts = append(h.starts, now)
-	return true
-}
-
-func (h *host) leave() {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.under--
 }
 
 // TestNode starts many processes on one machine at the same time.
@@ -360,12 +274,13 @@ func TestNode(t *testing.T) {
 		t.Run(fmt.Sprint(n), func(t *testing.T) {
 			for range 5 {
 				synctest.Test(t, func(t *testing.T) {
-					h := &host{imds: imdsfake.Handler{KeepFor: day / 2}}
+					fake := &imdsfake.Handler{Limits: imdsfake.Limits{PerSecond: 20, AtOnce: 5}}
+					fake.Inject(imdsfake.Fault{Latency: 30 * time.Millisecond})
 					begin := time.Now()
 					var wg sync.WaitGroup
 					for range n {
 						wg.Go(func() {
-							cred := &mitoken.Credential{IMDSTransport: h} // a process: a limiter of its own
+							cred := &mitoken.Credential{IMDSTransport: fake} // a process: a limiter of its own
 							defer cred.Close()
 							time.Sleep(rand.N(50 * time.Millisecond))
 							if _, err := cred.TokenSource(resource).Token(); err != nil {
@@ -377,9 +292,16 @@ func TestNode(t *testing.T) {
 					if took := time.Since(begin); took > time.Minute {
 						t.Errorf("the last one was served after %v", took)
 					}
-					t.Logf("%d processes: %d requests, %d of them refused, in %v", n, h.requests, h.refused, time.Since(begin))
-					if h.requests > 6*n {
-						t.Errorf("%d requests of %d processes", h.requests, n)
+					requests := fake.Requests()
+					refused := 0
+					for _, r := range requests {
+						if r.Status == http.StatusTooManyRequests {
+							refused++
+						}
+					}
+					t.Logf("%d processes: %d requests, %d of them refused, in %v", n, len(requests), refused, time.Since(begin))
+					if len(requests) > 6*n {
+						t.Errorf("%d requests of %d processes", len(requests), n)
 					}
 				})
 			}
@@ -393,7 +315,7 @@ func TestFleet(t *testing.T) {
 	const n = 10_000
 	synctest.Test(t, func(t *testing.T) {
 		minutes := map[int64]int{}
-		fake := &imdsfake.Handler{KeepFor: time.Minute}
+		fake := &imdsfake.Handler{}
 		cred := &mitoken.Credential{IMDSTransport: fake}
 		defer cred.Close()
 		begin := time.Now()
@@ -423,7 +345,7 @@ func TestStorms(t *testing.T) {
 		for _, works := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s works=%v", name, works), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					fake := &imdsfake.Handler{}
+					fake := &imdsfake.Handler{Cache: imdsfake.NoCache}
 					cred := &mitoken.Credential{IMDSTransport: fake}
 					defer cred.Close()
 					src := cred.TokenSource(resource)
@@ -467,7 +389,7 @@ func TestStorms(t *testing.T) {
 func TestNothingIsStuck(t *testing.T) {
 	for _, at := range []time.Duration{0, 10 * time.Millisecond, 5 * time.Second, 11 * time.Second} {
 		synctest.Test(t, func(t *testing.T) {
-			fake := &imdsfake.Handler{}
+			fake := &imdsfake.Handler{Cache: imdsfake.NoCache}
 			fake.Inject(imdsfake.Fault{Failure: imdsfake.Hang})
 			cred := &mitoken.Credential{IMDSTransport: fake}
 			var wg sync.WaitGroup

@@ -48,9 +48,10 @@ func newFake() *imdsfake.Handler {
 		},
 		Apps: []imdsfake.App{{
 			URI:   resource,
-			Roles: []imdsfake.AppRole{{Value: "consumer", AllowedMemberTypes: []string{"Application"}}},
+			Roles: []imdsfake.AppRole{{Value: "consumer", AllowedMemberTypes: []string{"Application"}, IsEnabled: true}},
 		}},
 		Assignments: []imdsfake.Assignment{{Identity: "host", Resource: resource, Role: "consumer"}},
+		Cache:       imdsfake.NoCache,
 	}
 }
 
@@ -100,14 +101,14 @@ func TestTokenIsWhoseItIsToBe(t *testing.T) {
 
 // A year in the life of a daemon that makes a call a minute.
 func TestYear(t *testing.T) {
-	for name, keepFor := range map[string]time.Duration{
-		"IMDS mints a token for each request":  0,
-		"IMDS keeps a token for half its life": day / 2,
+	for name, cache := range map[string]imdsfake.Cache{
+		"IMDS mints a token for each request":  imdsfake.NoCache,
+		"IMDS keeps a token for half its life": imdsfake.UntilHalfLife,
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				fake := newFake()
-				fake.KeepFor = keepFor
+				fake.Cache = cache
 				cred := &mitoken.Credential{IMDSTransport: fake}
 				defer cred.Close()
 				src := cred.TokenSource(resource)
@@ -127,7 +128,7 @@ func TestYear(t *testing.T) {
 				// A refresh every 9.6 to 12 hours; where IMDS keeps tokens, with a
 				// probe every quarter of an hour or so until it has a newer one.
 				n, most := len(fake.Requests()), 365*25/10
-				if keepFor > 0 {
+				if cache == imdsfake.UntilHalfLife {
 					most = 365 * 2 * 14
 				}
 				if n < 365*2 || n > most {

@@ -1,13 +1,20 @@
 package imdsfake
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1"
+	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/base64"
+	"encoding/hex"
 	"math/big"
+	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -15,102 +22,106 @@ import (
 )
 
 // This file is Microsoft Entra, as far as IMDS and the services have to do with
-// it: it issues tokens and publishes the keys that they are signed with.
+// it: it signs tokens and publishes the keys that they are signed with.
 
-// signingKey signs the tokens of all Handlers. It is made when the first one
-// needs it, and not embedded: a published private key would, one day, be trusted
-// somewhere.
-var signingKey = sync.OnceValue(func() *rsa.PrivateKey {
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
+// A signingKey is one of Entra's, with the certificate that it is published with.
+type signingKey struct {
+	private     *rsa.PrivateKey
+	certificate []byte
+	id          string // the thumbprint of the certificate: the kid and x5t
+}
+
+// processKey signs the tokens of all Handlers, until they rotate theirs. It is
+// made when the first one needs it, and not embedded: a published private key
+// would, one day, be trusted somewhere.
+var processKey = sync.OnceValue(newSigningKey)
+
+func newSigningKey() *signingKey {
+	private, err := rsa.GenerateKey(rand.Reader, 2048)
 	if err != nil {
 		panic("imdsfake: " + err.Error())
 	}
-	return key
-})
-
-// keyID is the kid and x5t of the key. Entra's is the thumbprint of a
-// certificate; this is one of the bare key.
-var keyID = sync.OnceValue(func() string {
-	sum := sha1.Sum(x509.MarshalPKCS1PublicKey(&signingKey().PublicKey))
-	return base64.RawURLEncoding.EncodeToString(sum[:])
-})
-
-// issueKey is what IMDS caches tokens by.
-type issueKey struct{ objectID, resource string }
-
-// issuedToken is a token that was issued. Like Entra's, its times are whole
-// seconds.
-type issuedToken struct {
-	value          string
-	issued, expiry time.Time
+	certificate := selfSigned(&x509.Certificate{
+		Subject: pkix.Name{CommonName: "accounts.accesscontrol.windows.net"},
+	}, private.Public(), private)
+	sum := sha1.Sum(certificate)
+	return &signingKey{private, certificate, base64.RawURLEncoding.EncodeToString(sum[:])}
 }
 
-// issue returns a token, which is a new one unless there is one that is to be
-// kept longer.
-func (h *Handler) issue(id Identity, app App, resource string) issuedToken {
-	now := time.Now()
-	key := issueKey{id.ObjectID, resource}
-	h.mu.Lock()
-	tok, ok := h.kept(key, now)
-	roles := h.tenant.rolesOf(id, app)
-	h.mu.Unlock()
-	if ok {
-		return tok
+// selfSigned returns a certificate that is valid in this century, be the clock
+// that of a testing/synctest bubble.
+func selfSigned(template *x509.Certificate, public, private any) []byte {
+	template.SerialNumber = big.NewInt(1)
+	template.NotBefore = time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC)
+	template.NotAfter = time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC)
+	certificate, err := x509.CreateCertificate(rand.Reader, template, template, public, private)
+	if err != nil {
+		panic("imdsfake: " + err.Error())
 	}
-	tok = h.sign(id, roles, resource, now) // a millisecond, for which nobody else waits
+	return certificate
+}
+
+// published returns the keys that are, the one that signs first.
+func (h *Handler) publishedKeys() []*signingKey {
+	h.mu.Lock()
+	keys := h.keys
+	h.mu.Unlock()
+	if keys == nil {
+		return []*signingKey{processKey()}
+	}
+	return keys
+}
+
+// RotateKey has tokens signed with a new key from then on. The key before it
+// stays published, so that tokens of it can be verified; the one before that does
+// not.
+func (h *Handler) RotateKey() {
+	before, next := h.publishedKeys()[0], newSigningKey()
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if other, ok := h.kept(key, now); ok {
-		return other // of a request at the same time
-	}
-	h.issued[key] = tok
-	return tok
+	h.keys = []*signingKey{next, before}
 }
 
-// kept returns the token that a request gets again. h.mu is held.
-func (h *Handler) kept(key issueKey, now time.Time) (issuedToken, bool) {
-	tok, ok := h.issued[key]
-	return tok, ok && now.Sub(tok.issued) < h.KeepFor && now.Before(tok.expiry)
-}
-
-// sign makes a token with the claims of "Access token claims reference"
-// (Microsoft), version 1.0, that managed identities have.
-func (h *Handler) sign(id Identity, roles []string, resource string, now time.Time) issuedToken {
-	lifetime := h.Lifetime
-	if lifetime == 0 {
-		lifetime = 24 * time.Hour
-	}
+// sign makes a token with the claims that managed identities have, of "Access
+// token claims reference" (Microsoft). h.mu is not held.
+func (h *Handler) sign(id Identity, app *App, resource string, roles []string, now time.Time) (issuedToken, jwt.MapClaims) {
 	issued := now.Truncate(time.Second)
-	expiry := issued.Add(lifetime)
+	expiry := issued.Add(h.lifetime())
 	claims := jwt.MapClaims{
-		"aud":       resource,
-		"iss":       h.tenant.issuer(),
 		"iat":       issued.Unix(),
 		"nbf":       issued.Unix(),
 		"exp":       expiry.Unix(),
 		"aio":       unique(),
-		"appid":     id.ClientID,
-		"appidacr":  "2", // it proved itself with a certificate
-		"idp":       h.tenant.issuer(),
 		"idtyp":     "app",
 		"oid":       id.ObjectID,
 		"rh":        unique(),
 		"sub":       id.ObjectID,
 		"tid":       h.tenant.id,
 		"uti":       unique(),
-		"ver":       "1.0",
 		"xms_mirid": id.ResourceID,
+	}
+	if !id.SystemAssigned {
+		claims["xms_az_rid"] = h.tenant.hostID() // where it is used
 	}
 	if len(roles) > 0 {
 		claims["roles"] = roles
 	}
+	// The 2 says that the identity proved itself with a certificate.
+	if app.TokenVersion == 2 {
+		claims["aud"], claims["iss"], claims["ver"] = app.ClientID, h.tenant.issuerV2(), "2.0"
+		claims["azp"], claims["azpacr"] = id.ClientID, "2"
+	} else {
+		claims["aud"], claims["iss"], claims["ver"] = resource, h.tenant.issuer(), "1.0"
+		claims["appid"], claims["appidacr"], claims["idp"] = id.ClientID, "2", h.tenant.issuer()
+	}
+	key := h.publishedKeys()[0]
 	tok := jwt.NewWithClaims(jwt.SigningMethodRS256, claims)
-	tok.Header["kid"], tok.Header["x5t"] = keyID(), keyID()
-	value, err := tok.SignedString(signingKey())
+	tok.Header["kid"], tok.Header["x5t"] = key.id, key.id
+	value, err := tok.SignedString(key.private)
 	if err != nil {
 		panic("imdsfake: " + err.Error())
 	}
-	return issuedToken{value, issued, expiry}
+	return issuedToken{value, issued, expiry}, claims
 }
 
 // unique returns a value for the claims that are opaque, and never the same.
@@ -118,33 +129,109 @@ func unique() string {
 	return base64.RawURLEncoding.EncodeToString([]byte(rand.Text())[:16])
 }
 
+// verify returns the claims of a token of this tenant.
+func (h *Handler) verify(token string) (jwt.MapClaims, error) {
+	claims := jwt.MapClaims{}
+	_, err := jwt.ParseWithClaims(token, claims, func(t *jwt.Token) (any, error) {
+		for _, key := range h.publishedKeys() {
+			if key.id == t.Header["kid"] {
+				return key.private.Public(), nil
+			}
+		}
+		return nil, jwt.ErrTokenUnverifiable
+	}, jwt.WithValidMethods([]string{"RS256"}), jwt.WithIssuer(h.tenant.issuer()), jwt.WithExpirationRequired())
+	return claims, err
+}
+
 // published answers a request for what Entra publishes: the metadata of OpenID
 // Connect Discovery 1.0, section 4, and the keys (RFC 7517).
-func (h *Handler) published(r *http.Request) answer {
-	base := "http://" + r.Host
-	if r.Host == "" {
-		base = "http://" + r.URL.Host
+func (h *Handler) published(c *call) answer {
+	base := c.base()
+	tenant, path, _ := strings.Cut(strings.TrimPrefix(c.URL.Path, "/"), "/")
+	if tenant != h.tenant.id && tenant != "common" && tenant != "organizations" {
+		path = ""
 	}
-	tenant := "/" + h.tenant.id
-	switch r.URL.Path {
-	case tenant + "/.well-known/openid-configuration":
-		return jsonAnswer(http.StatusOK, map[string]any{
-			"issuer":                                h.tenant.issuer(),
-			"jwks_uri":                              base + tenant + "/discovery/keys",
-			"authorization_endpoint":                base + tenant + "/oauth2/authorize",
-			"token_endpoint":                        base + tenant + "/oauth2/token",
-			"response_types_supported":              []string{"token"},
-			"subject_types_supported":               []string{"pairwise"},
-			"id_token_signing_alg_values_supported": []string{"RS256"},
+	c.entry.Reason = "as published"
+	switch path {
+	case ".well-known/openid-configuration":
+		return jsonAnswer(http.StatusOK, metadata(h.tenant.issuer(), base+"/"+tenant, ""))
+	case "v2.0/.well-known/openid-configuration":
+		return jsonAnswer(http.StatusOK, metadata(h.tenant.issuerV2(), base+"/"+tenant, "/v2.0"))
+	case "discovery/keys":
+		return h.keySet(h.tenant.issuer())
+	case "discovery/v2.0/keys":
+		return h.keySet(h.tenant.issuerV2())
+	}
+	return refusal(c, &problem{status: 404, code: "not_found", text: "There is nothing at " + c.URL.Path})
+}
+
+// base is where the fake was asked.
+func (c *call) base() string {
+	scheme, host := "http", c.Host
+	if c.TLS != nil || c.URL.Scheme == "https" {
+		scheme = "https"
+	}
+	if host == "" {
+		host = c.URL.Host
+	}
+	return scheme + "://" + host
+}
+
+func metadata(issuer, tenant, version string) map[string]any {
+	return map[string]any{
+		"issuer":                                issuer,
+		"jwks_uri":                              tenant + "/discovery" + version + "/keys",
+		"authorization_endpoint":                tenant + "/oauth2" + version + "/authorize",
+		"token_endpoint":                        tenant + "/oauth2" + version + "/token",
+		"response_types_supported":              []string{"token"},
+		"subject_types_supported":               []string{"pairwise"},
+		"id_token_signing_alg_values_supported": []string{"RS256"},
+	}
+}
+
+func (h *Handler) keySet(issuer string) answer {
+	encode := base64.RawURLEncoding.EncodeToString
+	var keys []any
+	for _, k := range h.publishedKeys() {
+		public := k.private.PublicKey
+		keys = append(keys, map[string]any{
+			"kty": "RSA", "use": "sig", "kid": k.id, "x5t": k.id,
+			"n": encode(public.N.Bytes()), "e": encode(big.NewInt(int64(public.E)).Bytes()),
+			"x5c":    []string{base64.StdEncoding.EncodeToString(k.certificate)},
+			"issuer": issuer,
 		})
-	case tenant + "/discovery/keys", "/common/discovery/keys":
-		key := signingKey().PublicKey
-		encode := base64.RawURLEncoding.EncodeToString
-		return jsonAnswer(http.StatusOK, map[string]any{"keys": []map[string]string{{
-			"kty": "RSA", "use": "sig", "alg": "RS256", "kid": keyID(), "x5t": keyID(),
-			"n": encode(key.N.Bytes()), "e": encode(big.NewInt(int64(key.E)).Bytes()),
-			"issuer": h.tenant.issuer(),
-		}}})
 	}
-	return refusal(http.StatusNotFound, "not_found", "There is nothing at "+r.URL.Path)
+	return jsonAnswer(http.StatusOK, map[string]any{"keys": keys})
+}
+
+// serverCertificate is what a Handler is served over https with.
+var serverCertificate = sync.OnceValue(func() tls.Certificate {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic("imdsfake: " + err.Error())
+	}
+	certificate := selfSigned(&x509.Certificate{
+		Subject: pkix.Name{CommonName: "imdsfake"},
+		DNSNames: []string{"localhost", "login.microsoftonline.com", "sts.windows.net",
+			"graph.microsoft.com"},
+		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback},
+		IsCA:                  true, // so that a client can be told to trust it
+		BasicConstraintsValid: true,
+	}, private.Public(), private)
+	leaf, err := x509.ParseCertificate(certificate)
+	if err != nil {
+		panic("imdsfake: " + err.Error())
+	}
+	return tls.Certificate{Certificate: [][]byte{certificate}, PrivateKey: private, Leaf: leaf}
+})
+
+// Certificate is what to serve a Handler over https with. It is made when it is
+// first asked for, the same one for all Handlers of a process, for localhost and
+// for the names of Entra and Microsoft Graph.
+func (h *Handler) Certificate() tls.Certificate { return serverCertificate() }
+
+// thumbprint is that of the certificate, as Service Fabric tells it its clients.
+func thumbprint() string {
+	sum := sha1.Sum(serverCertificate().Certificate[0])
+	return strings.ToUpper(hex.EncodeToString(sum[:]))
 }

@@ -1,44 +1,78 @@
 package imdsfake
 
 import (
-	"context"
-	"net"
-	"net/http"
-	"os"
+	"fmt"
+	"math/rand/v2"
 	"slices"
-	"syscall"
 	"time"
 )
 
-// A Fault is something that goes wrong with requests for tokens. Keys and
-// discovery stay as they are: services read them from elsewhere.
+// A Fault is something that goes wrong with requests to the metadata service, or
+// to what a host has in its place. Keys, discovery and Microsoft Graph stay as
+// they are: services read them from elsewhere.
 type Fault struct {
 	// Times is how many requests it befalls. If zero, it is all of them until
 	// For is over.
-	Times int
+	Times int `json:"times,omitempty"`
 
 	// For is how long it lasts, from [Handler.Inject] on. If zero, and Times is
 	// zero, it lasts until [Handler.Clear].
-	For time.Duration
+	For time.Duration `json:"for,omitempty"`
+
+	// Probability is that with which it befalls a request. If zero, it is 1.
+	Probability float64 `json:"probability,omitempty"`
+
+	// Identity is whose tokens it befalls: a name, or one of the IDs. If empty,
+	// it is everybody's.
+	Identity string `json:"identity,omitempty"`
+
+	// Resource is for whom the tokens are that it befalls: an App ID URI or a
+	// client ID. If empty, it is whoever.
+	Resource string `json:"resource,omitempty"`
 
 	// Latency is waited before anything else. A Fault with nothing but that
 	// makes a request slow, not fail.
-	Latency time.Duration
+	Latency time.Duration `json:"latency,omitempty"`
 
-	// Status is the HTTP status code to answer with. If zero, and Failure is
-	// empty, the request is answered as ever.
-	Status int
+	// Jitter is the most that is added to Latency, at random.
+	Jitter time.Duration `json:"jitter,omitempty"`
 
-	// Body is the body to answer with. If empty, it is an error as IMDS writes
-	// it. It is ignored if Status is zero.
-	Body string
+	// Status is the HTTP status code to answer with. If zero, the request is
+	// answered as ever, but for what the fields below change. 410 for 70 seconds
+	// is an upgrade of IMDS.
+	Status int `json:"status,omitempty"`
 
-	// RetryAfter is the Retry-After header of the answer, if not empty. It is
-	// ignored if Status is zero.
-	RetryAfter string
+	// Body is the body to answer with, in place of the one that there would be.
+	// If it is empty and Status is not zero, the body is an error as the service
+	// writes it.
+	Body string `json:"body,omitempty"`
+
+	// Header is added to that of the answer, in place of what it has: a
+	// Content-Type, say. An empty value takes a header away.
+	Header map[string]string `json:"header,omitempty"`
+
+	// RetryAfter is the Retry-After header of the answer, if not empty.
+	RetryAfter string `json:"retryAfter,omitempty"`
+
+	// Fields replace those of a JSON answer: {"token_type": "mac"}, say. A nil
+	// value takes a field away.
+	Fields map[string]any `json:"fields,omitempty"`
+
+	// Gzip compresses the body, whether or not the client can read that.
+	Gzip bool `json:"gzip,omitempty"`
+
+	// Pad is how many spaces follow the body, to make it too large.
+	Pad int `json:"pad,omitempty"`
+
+	// Drip is waited before each byte of the body.
+	Drip time.Duration `json:"drip,omitempty"`
 
 	// Failure is what becomes of the connection, if not empty.
-	Failure Failure
+	Failure Failure `json:"failure,omitempty"`
+
+	// After is how many bytes of the body arrive before it breaks off, with
+	// Truncate and ResetBody. If zero, it is half of them; if negative, none.
+	After int `json:"after,omitempty"`
 }
 
 // A Failure is what can become of a connection.
@@ -53,7 +87,10 @@ const (
 	// Reset: the connection is reset before there is an answer.
 	Reset Failure = "reset"
 
-	// Truncate: the connection breaks off in the middle of the body.
+	// ResetBody: the connection is reset in the middle of the body.
+	ResetBody Failure = "reset-body"
+
+	// Truncate: the connection is closed in the middle of the body.
 	Truncate Failure = "truncate"
 
 	// Hang: there is no answer, until the client gives up or the Server is
@@ -61,9 +98,43 @@ const (
 	Hang Failure = "hang"
 )
 
-// Inject adds faults to the script. The first one that has not run out befalls a
-// request.
+var failures = []Failure{"", Refuse, Reset, ResetBody, Truncate, Hang}
+
+// Check returns what is wrong with a Fault, which would panic in Inject. The
+// error begins with the name of the field.
+func (f Fault) Check() error {
+	switch {
+	case f.Times < 0:
+		return fmt.Errorf("times: %d is negative", f.Times)
+	case f.For < 0:
+		return fmt.Errorf("for: %v is negative", f.For)
+	case !(f.Probability >= 0 && f.Probability <= 1):
+		return fmt.Errorf("probability: %v is not between 0 and 1", f.Probability)
+	case f.Latency < 0:
+		return fmt.Errorf("latency: %v is negative", f.Latency)
+	case f.Jitter < 0:
+		return fmt.Errorf("jitter: %v is negative", f.Jitter)
+	case f.Drip < 0:
+		return fmt.Errorf("drip: %v is negative", f.Drip)
+	case f.Pad < 0 || f.Pad > 1<<30:
+		return fmt.Errorf("pad: %d is not between 0 and 1 GiB", f.Pad)
+	case f.Status != 0 && (f.Status < 200 || f.Status > 999):
+		return fmt.Errorf("status: %d is not between 200 and 999", f.Status)
+	case !slices.Contains(failures, f.Failure):
+		return fmt.Errorf("failure: %q is none of %q", f.Failure, failures[1:])
+	}
+	return nil
+}
+
+// Inject adds faults to the script. The first one that is for a request, and has
+// not run out, befalls it. It panics if a fault makes no sense, which
+// [Fault.Check] tells.
 func (h *Handler) Inject(faults ...Fault) {
+	for _, f := range faults {
+		if err := f.Check(); err != nil {
+			panic("imdsfake: fault: " + err.Error())
+		}
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, f := range faults {
@@ -82,6 +153,32 @@ func (h *Handler) Clear() {
 	h.faults = nil
 }
 
+// Faults returns the script: the faults that have not run out, with what is left
+// of Times and For.
+func (h *Handler) Faults() []Fault {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Now()
+	h.forget(now)
+	var faults []Fault
+	for _, s := range h.faults {
+		f := s.Fault
+		f.Times = s.left
+		if f.For > 0 {
+			f.For = s.end.Sub(now)
+		}
+		faults = append(faults, f)
+	}
+	return faults
+}
+
+// forget removes the faults that have run out. h.mu is held.
+func (h *Handler) forget(now time.Time) {
+	h.faults = slices.DeleteFunc(h.faults, func(s *scripted) bool {
+		return s.Times > 0 && s.left == 0 || !s.end.IsZero() && !now.Before(s.end)
+	})
+}
+
 // scripted is a fault in the script.
 type scripted struct {
 	Fault
@@ -89,101 +186,47 @@ type scripted struct {
 	end  time.Time // zero if it has none
 }
 
-func (s *scripted) over(now time.Time) bool {
-	return s.Times > 0 && s.left == 0 || !s.end.IsZero() && !now.Before(s.end)
-}
-
-// fault returns the fault that befalls the next request for a token, and counts
-// it if the condition holds.
-func (h *Handler) fault(condition func(Fault) bool) (Fault, bool) {
+// draw returns the fault that befalls a request, and counts it; the zero Fault if
+// there is none.
+func (h *Handler) draw(c *call) Fault {
+	if ticket := c.Header.Get(ticketHeader); ticket != "" {
+		if f, ok := h.drawn.LoadAndDelete(ticket); ok {
+			return f.(Fault)
+		}
+	}
+	if c.entry.Host == "" {
+		return Fault{}
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	now := time.Now()
-	h.faults = slices.DeleteFunc(h.faults, func(s *scripted) bool { return s.over(now) })
-	if len(h.faults) == 0 || !condition(h.faults[0].Fault) {
-		return Fault{}, false
-	}
-	h.faults[0].left--
-	return h.faults[0].Fault, true
-}
-
-// refuse returns the error of a dial, if that is what befalls a request.
-func (h *Handler) refuse(r *http.Request) error {
-	if r.URL.Path != tokenPath {
-		return nil
-	}
-	f, ok := h.fault(func(f Fault) bool { return f.Failure == Refuse })
-	if !ok {
-		return nil
-	}
-	entry := Request{Time: time.Now(), Method: r.Method, Path: r.URL.Path,
-		Resource: r.URL.Query().Get("resource"), UserAgent: r.UserAgent(), Error: string(Refuse)}
-	h.record(entry)
-	if err := sleep(r.Context(), f.Latency); err != nil {
-		return err
-	}
-	return &net.OpError{Op: "dial", Net: "tcp", Addr: address(r.URL.Host),
-		Err: os.NewSyscallError("connect", syscall.ECONNREFUSED)}
-}
-
-var errReset = &net.OpError{Op: "read", Net: "tcp",
-	Err: os.NewSyscallError("read", syscall.ECONNRESET)}
-
-// address is a [net.Addr] for the text of an error.
-type address string
-
-func (address) Network() string  { return "tcp" }
-func (a address) String() string { return string(a) }
-
-// befall makes a request wait, and returns the answer that a fault has for it.
-func (f Fault) befall(r *http.Request) (answer, bool) {
-	if sleep(r.Context(), f.Latency) != nil {
-		return answer{failure: Hang}, true // the client has left
-	}
-	if f.Failure == Hang {
-		<-r.Context().Done()
-	}
-	switch {
-	case f.Status != 0:
-		a := refusal(f.Status, "fault", "A fault was injected")
-		if f.Body != "" {
-			a.body = []byte(f.Body)
+	h.forget(time.Now())
+	for _, s := range h.faults {
+		if !h.isFor(s.Fault, c) || s.Probability > 0 && rand.Float64() >= s.Probability {
+			continue
 		}
-		if f.RetryAfter != "" {
-			a.header.Set("Retry-After", f.RetryAfter)
+		if s.Times > 0 {
+			s.left--
 		}
-		a.failure = f.Failure
-		return a, true
-	case f.Failure == "" || f.Failure == Truncate:
-		return answer{}, false
+		return s.Fault
 	}
-	return answer{failure: f.Failure}, true
+	return Fault{}
 }
 
-// sleep waits for d, or until ctx is done, which is its error.
-func sleep(ctx context.Context, d time.Duration) error {
-	if d <= 0 {
-		return ctx.Err()
+// isFor tells whether a fault is for the resource and the identity of a request.
+func (h *Handler) isFor(f Fault, c *call) bool {
+	if f.Resource != "" && !h.tenant.sameResource(f.Resource, c.entry.Resource) {
+		return false
 	}
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+	if f.Identity == "" {
+		return true
 	}
+	if c.protocol == nil {
+		return false
+	}
+	id, text := h.tenant.identity(c.selector, c.query.get(c.selector))
+	return text == "" && id.is(f.Identity)
 }
 
-// reset closes the connection of a request without an answer, with a RST where
-// it can.
-func reset(w http.ResponseWriter) {
-	conn, _, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		panic(http.ErrAbortHandler)
-	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0)
-	}
-	_ = conn.Close()
-}
+// ticketHeader is of a request of [Server.Client], whose fault has been drawn
+// already: it has to be known whether there is a connection at all.
+const ticketHeader = "Imdsfake-Ticket"

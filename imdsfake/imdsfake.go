@@ -9,30 +9,35 @@
 //	cred := &mitoken.Credential{IMDSTransport: fake}
 //
 // so it works in a testing/synctest bubble, where months take milliseconds. A
-// [Server] is the same on a port, for clients in any language.
+// [Server] is the same on a port, for clients in any language. The program
+// imdsfake/cmd/imdsfake is a server with a configuration file and a page.
 //
 // It is as strict as the service, or stricter, and its tokens are real: JSON Web
 // Tokens (RFC 7519) with the claims that Microsoft Entra gives a managed
 // identity, signed with a key that it publishes where Entra does, so that any
-// validator can check them:
+// validator can check them. It is, at one address:
 //
-//	/{tenant}/.well-known/openid-configuration
-//	/{tenant}/discovery/keys
+//   - IMDS: /metadata/identity/oauth2/token and /metadata/instance,
+//   - what other [Host]s have in place of IMDS; [Handler.Env] has their addresses,
+//   - Entra's keys and metadata, for tokens of version 1 and 2:
+//     /{tenant}/.well-known/openid-configuration, /{tenant}/discovery/keys and
+//     their like with v2.0 in them,
+//   - the calls of Microsoft Graph that assign app roles, in /v1.0/servicePrincipals.
 //
 // Outages and other faults are scripted with [Handler.Inject], and
-// [Handler.Requests] tells what was asked.
+// [Handler.Requests] tells what was asked and what was answered.
 //
-// The package is for tests. Mistakes in a Handler panic.
+// The package is for tests. Mistakes in a Handler panic, unless [Handler.Check]
+// is asked first.
 package imdsfake
 
 import (
-	"bytes"
+	"encoding/json"
 	"io"
-	"maps"
 	"net/http"
 	"net/http/httptrace"
-	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -51,8 +56,8 @@ type Handler struct {
 	// and named "host".
 	Identities []Identity
 
-	// Apps are the services that tokens can be for. If nil, every resource is
-	// known, and has no app roles.
+	// Apps are the services that tokens can be for. Microsoft Graph is always
+	// one. If nil, every resource is known, and has no app roles.
 	Apps []App
 
 	// Assignments are the app roles that identities have.
@@ -61,67 +66,61 @@ type Handler struct {
 	// Lifetime is that of tokens. If zero, it is 24 hours.
 	Lifetime time.Duration
 
-	// KeepFor is the age up to which a token is given out again to whoever asks
-	// for the same identity and resource, as IMDS does from its cache. If zero,
-	// each request gets a new one.
-	KeepFor time.Duration
+	// Cache is how long a token is given out again to whoever asks for the same
+	// identity and resource. If empty, it is UntilExpiry, as documented.
+	Cache Cache
+
+	// Limits are how many requests IMDS takes. If zero, there are none.
+	Limits Limits
+
+	// Secret is the value of IDENTITY_HEADER and MSI_SECRET, by which hosts other
+	// than virtual machines know their own processes. If empty, one is made up.
+	Secret string
+
+	// KeyDir is where the key files of Azure Arc are written. If empty, it is
+	// /var/opt/azcmagent/tokens, the one place where clients on Linux read them.
+	KeyDir string
 
 	once   sync.Once
-	tenant tenant // set by once
+	wrong  error  // set by once, like tenant and secret
+	tenant tenant // its assignments are guarded by mu
+	secret string
+	drawn  sync.Map // faults, by the tickets of requests on their way to a Server
 
 	mu      sync.Mutex // guards what follows
 	faults  []*scripted
-	journal []Request
-	issued  map[issueKey]issuedToken
+	journal journal
+	cache   map[cacheKey]*cached
+	load    load
+	keys    []*signingKey // the newest one first; empty as long as that of the process signs
+	tokens  []Token
+	arcKeys []arcKey
 }
 
 // DefaultTenant is the tenant of a Handler that names none.
 const DefaultTenant = "11111111-2222-4333-8444-555555555555"
 
-const tokenPath = "/metadata/identity/oauth2/token"
-
-// A Request is an entry of the journal. It never holds a token. Requests for keys
-// and metadata are in it too, and have no Resource.
-type Request struct {
-	Time      time.Time // when it came
-	Method    string
-	Path      string
-	Resource  string // whom the token was to be for
-	Identity  string // as asked for, such as "client_id=..."; empty for the default one
-	UserAgent string
-	Status    int    // of the answer; 0 if a fault left it without one
-	Error     string // the code of an error answer, or the name of the Failure
+// A call is a request, as far as all that answer requests want to know of it.
+type call struct {
+	*http.Request
+	protocol *protocol // nil if it is not for a token
+	query    parameters
+	selector string // the parameter that selects an identity, if any
+	entry    Request
 }
 
 // An answer is what a request gets, over whatever transport.
 type answer struct {
-	status  int
-	header  http.Header
-	body    []byte
-	failure Failure // that spoils it
+	status int
+	header http.Header
+	body   []byte
+	spoil  Fault // what is done to it on its way
 }
 
 // ServeHTTP implements [http.Handler].
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	a := h.answer(r)
-	switch a.failure {
-	case Refuse, Reset, Hang:
-		reset(w)
-	case Truncate:
-		a.write(w, len(a.body)/2)
-		panic(http.ErrAbortHandler) // which closes the connection
-	default:
-		a.write(w, len(a.body))
-	}
-}
-
-// write writes the answer with the first n bytes of its body.
-func (a answer) write(w http.ResponseWriter, n int) {
-	maps.Copy(w.Header(), a.header)
-	w.Header().Set("Content-Length", strconv.Itoa(len(a.body)))
-	w.WriteHeader(a.status)
-	_, _ = w.Write(a.body[:n]) // a client that has left wants nothing
-	_ = http.NewResponseController(w).Flush()
+	c := h.newCall(r)
+	h.answer(c, h.draw(c)).write(w, r)
 }
 
 // RoundTrip implements [http.RoundTripper]. It answers in memory, and does what
@@ -129,24 +128,22 @@ func (a answer) write(w http.ResponseWriter, n int) {
 // of its connection, and closes the body.
 func (h *Handler) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.Body != nil {
-		_ = r.Body.Close()
+		defer r.Body.Close()
 	}
-	if err := h.refuse(r); err != nil {
-		return nil, err
+	c := h.newCall(r)
+	f := h.draw(c)
+	if f.Failure == Refuse {
+		return nil, h.refuse(c, f)
 	}
 	if trace := httptrace.ContextClientTrace(r.Context()); trace != nil && trace.GotConn != nil {
 		trace.GotConn(httptrace.GotConnInfo{})
 	}
-	a := h.answer(r)
+	a := h.answer(c, f)
 	if err := r.Context().Err(); err != nil {
 		return nil, err
 	}
-	var body io.Reader = bytes.NewReader(a.body)
-	switch a.failure {
-	case Refuse, Reset:
+	if a.spoil.Failure == Reset {
 		return nil, errReset
-	case Truncate:
-		body = io.MultiReader(bytes.NewReader(a.body[:len(a.body)/2]), brokenOff{})
 	}
 	return &http.Response{
 		Status:        strconv.Itoa(a.status) + " " + http.StatusText(a.status),
@@ -155,72 +152,126 @@ func (h *Handler) RoundTrip(r *http.Request) (*http.Response, error) {
 		ProtoMajor:    1,
 		ProtoMinor:    1,
 		Header:        a.header,
-		Body:          io.NopCloser(body),
+		Body:          io.NopCloser(a.reader(r.Context())),
 		ContentLength: int64(len(a.body)),
 		Request:       r,
 	}, nil
 }
 
-// brokenOff is the rest of a body that has been truncated.
-type brokenOff struct{}
-
-func (brokenOff) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
-
-// Assign grants app roles. They are in the tokens that are issued from then on.
-// It panics if the identity, the app or the role is not there.
-func (h *Handler) Assign(assignments ...Assignment) {
-	h.once.Do(h.init)
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, a := range assignments {
-		h.tenant.assign(a)
+// newCall finds out what a request is about.
+func (h *Handler) newCall(r *http.Request) *call {
+	h.ready()
+	c := &call{Request: r}
+	c.entry = Request{Time: time.Now(), Method: r.Method, Path: r.URL.Path, UserAgent: r.UserAgent()}
+	c.protocol = protocols[r.URL.Path]
+	if c.protocol == nil {
+		if strings.HasPrefix(r.URL.Path, "/metadata/") {
+			c.entry.Host = IMDS
+		}
+		return c
 	}
+	c.query = readParameters(c)
+	c.selector = c.protocol.selected(c.query)
+	c.entry.Host = c.protocol.host
+	c.entry.Resource = c.query.get("resource")
+	if c.selector != "" {
+		c.entry.Identity = c.selector + "=" + c.query.get(c.selector)
+	}
+	return c
 }
 
-// Requests returns the journal, oldest first.
-func (h *Handler) Requests() []Request {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return slices.Clone(h.journal)
-}
-
-// Issuer returns the issuer of the tokens, their iss claim. All Handlers of a
-// process sign with one key: what tells their tenants apart is iss and tid, as
-// with Entra.
-func (h *Handler) Issuer() string {
-	h.once.Do(h.init)
-	return h.tenant.issuer()
-}
-
-func (h *Handler) init() {
-	h.tenant = newTenant(h)
-	h.issued = map[issueKey]issuedToken{}
-}
-
-// answer decides what a request gets, after it has waited as long as a fault
-// has it wait, and writes it down.
-func (h *Handler) answer(r *http.Request) answer {
-	h.once.Do(h.init)
-	entry := Request{Time: time.Now(), Method: r.Method, Path: r.URL.Path, UserAgent: r.UserAgent()}
-	var a answer
-	if r.URL.Path == tokenPath {
-		a = h.token(r, &entry)
+// answer decides what a request gets, after it has waited as long as a fault has
+// it wait, and writes it down.
+func (h *Handler) answer(c *call, f Fault) answer {
+	if f.Failure == Hang {
+		h.record(c.failed(f))
+		<-c.Context().Done()
+		return answer{spoil: f}
+	}
+	leave, ok := h.enter(c)
+	if !ok {
+		a := refusal(c, statusProblem(http.StatusTooManyRequests))
+		c.entry.Status = a.status
+		h.record(c.entry)
+		return a
+	}
+	defer leave()
+	a, ok := f.befall(c)
+	if !ok {
+		a = h.route(c)
+		a.spoil = f
+		a = a.garble()
+	}
+	c.entry.Status = a.status
+	if a.spoil.Failure != "" {
+		h.record(c.failed(a.spoil))
 	} else {
-		a = h.published(r)
+		h.record(c.entry)
 	}
-	entry.Status = a.status
-	if a.failure == Refuse || a.failure == Reset || a.failure == Hang {
-		entry.Status = 0
-	}
-	if a.failure != "" {
-		entry.Error = string(a.failure)
-	}
-	h.record(entry)
 	return a
 }
 
-func (h *Handler) record(entry Request) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.journal = append(h.journal, entry)
+// route answers a request that no fault keeps from it.
+func (h *Handler) route(c *call) answer {
+	switch path := c.URL.Path; {
+	case c.protocol != nil:
+		return h.token(c)
+	case strings.HasPrefix(path, "/metadata/"):
+		return h.metadata(c)
+	case strings.HasPrefix(path, graphPath):
+		return h.graph(c)
+	}
+	return h.published(c)
+}
+
+// problem is what is wrong with a request.
+type problem struct {
+	status int
+	code   string // as IMDS has it
+	text   string
+	kind   kind        // for protocols that have other codes
+	header http.Header // of the answer
+}
+
+// kind is what a problem is about, where that matters.
+type kind int
+
+const (
+	_ kind = iota
+	noSecret
+	wrongSecret
+	noResource
+	unknownResource
+	badVersion
+	noIdentity
+)
+
+// refusal is the answer with an error as IMDS writes it.
+func refusal(c *call, p *problem) answer {
+	c.entry.Error, c.entry.Reason = p.code, p.text
+	write := writeError
+	if c.protocol != nil {
+		write = c.protocol.refuse
+	}
+	a := jsonAnswer(p.status, write(p))
+	for name, values := range p.header {
+		a.header[name] = values
+	}
+	return a
+}
+
+// writeError is the error of RFC 6749, section 5.2, which IMDS writes.
+func writeError(p *problem) any {
+	return map[string]string{"error": p.code, "error_description": p.text}
+}
+
+func jsonAnswer(status int, v any) answer {
+	body, err := json.Marshal(v)
+	if err != nil {
+		panic("imdsfake: " + err.Error()) // our own values always encode
+	}
+	h := http.Header{}
+	h.Set("Content-Type", "application/json; charset=utf-8")
+	h.Set("Server", "imdsfake")
+	return answer{status: status, header: h, body: body}
 }

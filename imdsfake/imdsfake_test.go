@@ -2,8 +2,11 @@ package imdsfake_test
 
 import (
 	"context"
+	"crypto/rsa"
+	"crypto/sha1"
+	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -11,17 +14,10 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"os"
-	"slices"
 	"strings"
-	"sync"
-	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
-	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
-	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
-	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 	"github.com/aztoso/mitoken/imdsfake"
 	"github.com/coreos/go-oidc/v3/oidc"
 	"go.uber.org/goleak"
@@ -87,13 +83,8 @@ const plain = "api-version=2018-02-01&resource=https%3A%2F%2Fmyapp.aztoso.com"
 // verify checks a token as a service does, and returns its claims.
 func verify(t testing.TB, rt http.RoundTripper, issuer, token, audience string) map[string]any {
 	t.Helper()
-	ctx := oidc.ClientContext(context.Background(), &http.Client{Transport: rt})
-	ctx = oidc.InsecureIssuerURLContext(ctx, issuer) // Entra's v1 metadata is not at its issuer
-	provider, err := oidc.NewProvider(ctx, "http://login.microsoftonline.com/"+imdsfake.DefaultTenant)
-	if err != nil {
-		t.Fatal(err)
-	}
-	tok, err := provider.Verifier(&oidc.Config{ClientID: audience, Now: time.Now}).Verify(ctx, token)
+	ctx, verifier := newVerifier(t, rt, issuer, audience)
+	tok, err := verifier.Verify(ctx, token)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,6 +93,24 @@ func verify(t testing.TB, rt http.RoundTripper, issuer, token, audience string) 
 		t.Fatal(err)
 	}
 	return claims
+}
+
+func tryVerify(t testing.TB, rt http.RoundTripper, issuer, token, audience string) error {
+	t.Helper()
+	ctx, verifier := newVerifier(t, rt, issuer, audience)
+	_, err := verifier.Verify(ctx, token)
+	return err
+}
+
+func newVerifier(t testing.TB, rt http.RoundTripper, issuer, audience string) (context.Context, *oidc.IDTokenVerifier) {
+	t.Helper()
+	ctx := oidc.ClientContext(context.Background(), &http.Client{Transport: rt})
+	ctx = oidc.InsecureIssuerURLContext(ctx, issuer) // Entra's v1 metadata is not at its issuer
+	provider, err := oidc.NewProvider(ctx, "http://login.microsoftonline.com/"+imdsfake.DefaultTenant)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ctx, provider.Verifier(&oidc.Config{ClientID: audience, Now: time.Now})
 }
 
 func TestToken(t *testing.T) {
@@ -197,7 +206,7 @@ func TestRefusals(t *testing.T) {
 		{"through a proxy", plain, func(r *http.Request) { r.Header.Set("X-Forwarded-For", "10.0.0.1") },
 			400, "invalid_request", "X-Forwarded-For"},
 		{"POST", plain, func(r *http.Request) { r.Method = "POST" }, 405, "method_not_allowed", "GET"},
-		{"elsewhere", plain, func(r *http.Request) { r.URL.Path = "/metadata/instance/nothing" }, 404, "not_found", "/metadata/instance/nothing"},
+		{"elsewhere", plain, func(r *http.Request) { r.URL.Path = "/metadata/identity" + r.URL.Path }, 401, "unknown_source", "Unknown Source http://169.254.169.254/metadata/identity/metadata"},
 		{"no api-version", "resource=x", nil, 400, "invalid_request", `"api-version" is missing`},
 		{"old api-version", "api-version=2017-01-01&resource=x", nil, 400, "invalid_request", "2018-02-01"},
 		{"no resource", "api-version=2018-02-01", nil, 400, "invalid_request", `"resource" is missing`},
@@ -244,134 +253,17 @@ func TestResourceMayBeTheClientID(t *testing.T) {
 	}
 }
 
-// azidentity, which knows nothing of this fake, gets tokens from it, at the
-// address that it knows.
-func TestAzidentity(t *testing.T) {
-	fake := newTenant(t)
-	fake.Apps = append(fake.Apps, imdsfake.App{URI: "api://1"}, imdsfake.App{URI: "api://2"}, imdsfake.App{URI: "api://3"})
-	srv := imdsfake.NewServer(fake)
-	defer srv.Close()
-	for _, tc := range []struct {
-		name     string
-		id       azidentity.ManagedIDKind
-		resource string // of its own, since MSAL's cache is that of the process
-		oid      string
-	}{
-		{"default", nil, resource, ""},
-		{"client ID", azidentity.ClientID("c0000000-0000-4000-8000-000000000001"), "api://1", "0b000000-0000-4000-8000-000000000001"},
-		{"object ID", azidentity.ObjectID("0b000000-0000-4000-8000-000000000001"), "api://2", "0b000000-0000-4000-8000-000000000001"},
-		{"resource ID", azidentity.ResourceID("/subscriptions/s/daemon"), "api://3", "0b000000-0000-4000-8000-000000000001"},
-	} {
-		t.Run(tc.name, func(t *testing.T) {
-			cred, err := azidentity.NewManagedIdentityCredential(&azidentity.ManagedIdentityCredentialOptions{
-				ClientOptions: azcore.ClientOptions{Transport: srv.Client()}, ID: tc.id,
-			})
-			if err != nil {
-				t.Fatal(err)
-			}
-			tok, err := cred.GetToken(t.Context(), policy.TokenRequestOptions{Scopes: []string{tc.resource + "/.default"}})
-			if err != nil {
-				t.Fatal(err)
-			}
-			claims := verify(t, srv.Client().Transport, fake.Issuer(), tok.Token, tc.resource)
-			if tc.oid != "" && claims["oid"] != tc.oid {
-				t.Errorf("oid is %v, want %s", claims["oid"], tc.oid)
-			}
-			if left := time.Until(tok.ExpiresOn); left < 23*time.Hour {
-				t.Errorf("the token expires in %v", left)
-			}
-		})
-	}
-	// And its error is that of IMDS.
-	cred, err := azidentity.NewManagedIdentityCredential(&azidentity.ManagedIdentityCredentialOptions{
-		ClientOptions: azcore.ClientOptions{Transport: srv.Client()}, ID: azidentity.ClientID("nobody"),
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, err = cred.GetToken(t.Context(), policy.TokenRequestOptions{Scopes: []string{resource}})
-	if err == nil || !strings.Contains(err.Error(), "Identity not found") {
-		t.Errorf("got %v", err)
-	}
-}
-
-func TestKeepFor(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		fake := &imdsfake.Handler{KeepFor: 12 * time.Hour}
-		_, first := get(t, fake, plain)
-		time.Sleep(12*time.Hour - 1)
-		_, same := get(t, fake, plain)
-		// expires_in counts from the issue, as Microsoft's document has it.
-		if same["access_token"] != first["access_token"] || same["expires_in"] != "86400" {
-			t.Error("12 h - 1 ns: another token")
-		}
-		if _, other := get(t, fake, "api-version=2018-02-01&resource=other"); other["access_token"] == first["access_token"] {
-			t.Error("another resource got the same token")
-		}
-		time.Sleep(time.Nanosecond)
-		if _, next := get(t, fake, plain); next["access_token"] == first["access_token"] {
-			t.Error("12 h: the same token")
-		}
-	})
-}
-
-func TestKeptTokenExpires(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		fake := &imdsfake.Handler{Lifetime: time.Hour, KeepFor: 24 * time.Hour}
-		_, first := get(t, fake, plain)
-		time.Sleep(time.Hour)
-		if _, next := get(t, fake, plain); next["access_token"] == first["access_token"] {
-			t.Error("an expired token is given out")
-		}
-	})
-}
-
-func TestManyAtOnceGetOneToken(t *testing.T) {
-	fake := &imdsfake.Handler{KeepFor: time.Hour}
-	var mu sync.Mutex
-	tokens := map[string]bool{}
-	var wg sync.WaitGroup
-	for range 200 {
-		wg.Go(func() {
-			_, a := get(t, fake, plain)
-			mu.Lock()
-			defer mu.Unlock()
-			tokens[a["access_token"]] = true
-		})
-	}
-	wg.Wait()
-	if len(tokens) != 1 || len(fake.Requests()) != 200 {
-		t.Errorf("%d tokens for %d requests, want 1 for 200", len(tokens), len(fake.Requests()))
-	}
-}
-
-func TestAssign(t *testing.T) {
-	fake := newTenant(t)
-	roles := func() string {
-		_, a := get(t, fake, plain)
-		return fmt.Sprint(verify(t, fake, fake.Issuer(), a["access_token"], resource)["roles"])
-	}
-	if got := roles(); got != "<nil>" {
-		t.Errorf("before: %s", got)
-	}
-	a := imdsfake.Assignment{Identity: "host", Resource: resource, Role: "consumer"}
-	fake.Assign(a, a)
-	if got := roles(); got != "[consumer]" {
-		t.Errorf("after: %s", got)
-	}
-}
-
 func TestMistakesPanic(t *testing.T) {
 	for name, tc := range map[string]struct {
 		fake *imdsfake.Handler
 		a    imdsfake.Assignment
 		want string
 	}{
-		"identity": {newTenant(t), imdsfake.Assignment{Identity: "x", Resource: resource, Role: "consumer"}, "no such identity"},
-		"nobody":   {newTenant(t), imdsfake.Assignment{Resource: resource, Role: "consumer"}, "no such identity"},
-		"app":      {newTenant(t), imdsfake.Assignment{Identity: "host", Resource: "x", Role: "consumer"}, "no such app"},
-		"no apps":  {&imdsfake.Handler{}, imdsfake.Assignment{Identity: "host", Resource: resource, Role: "consumer"}, "no such app"},
-		"role":     {newTenant(t), imdsfake.Assignment{Identity: "host", Resource: resource, Role: "admin"}, "declares no such role"},
+		"identity": {newTenant(t), imdsfake.Assignment{Identity: "x", Resource: resource, Role: "consumer"}, `no identity "x"`},
+		"nobody":   {newTenant(t), imdsfake.Assignment{Resource: resource, Role: "consumer"}, `no identity ""`},
+		"app":      {newTenant(t), imdsfake.Assignment{Identity: "host", Resource: "x", Role: "consumer"}, `no app "x"`},
+		"no apps":  {&imdsfake.Handler{}, imdsfake.Assignment{Identity: "host", Resource: resource, Role: "consumer"}, "no app"},
+		"role":     {newTenant(t), imdsfake.Assignment{Identity: "host", Resource: resource, Role: "admin"}, `declares no app role "admin"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			defer func() {
@@ -384,138 +276,140 @@ func TestMistakesPanic(t *testing.T) {
 	}
 }
 
-// TestFaults is each fault in memory and on a port. A fault befalls one request:
-// the next one succeeds.
-func TestFaults(t *testing.T) {
-	reset := func(err error) bool {
-		return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.EOF)
+// Check says where the mistake is, and whoever does not ask it finds out.
+func TestCheck(t *testing.T) {
+	roles := func(r ...imdsfake.AppRole) []imdsfake.App {
+		return []imdsfake.App{{URI: "api://a", Roles: r}}
 	}
-	for _, tc := range []struct {
-		name   string
-		fault  imdsfake.Fault
-		status int              // of the answer
-		body   string           // in it
-		failed func(error) bool // or the error
-		error  string           // in the journal
-	}{
-		{"status", imdsfake.Fault{Status: 503}, 503, `"error":"fault"`, nil, "fault"},
-		{"body", imdsfake.Fault{Status: 200, Body: "<html>"}, 200, "<html>", nil, "fault"},
-		{"Retry-After", imdsfake.Fault{Status: 429, RetryAfter: "7"}, 429, "", nil, "fault"},
-		{"refuse", imdsfake.Fault{Failure: imdsfake.Refuse}, 0, "",
-			func(err error) bool { return errors.Is(err, syscall.ECONNREFUSED) }, "refuse"},
-		{"reset", imdsfake.Fault{Failure: imdsfake.Reset}, 0, "", reset, "reset"},
-		{"truncate", imdsfake.Fault{Failure: imdsfake.Truncate}, 0, "",
-			func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }, "truncate"},
-		{"truncated error", imdsfake.Fault{Failure: imdsfake.Truncate, Status: 500}, 0, "",
-			func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }, "truncate"},
-		{"hang", imdsfake.Fault{Failure: imdsfake.Hang}, 0, "",
-			func(err error) bool { return errors.Is(err, context.DeadlineExceeded) }, ""},
-		{"latency", imdsfake.Fault{Latency: time.Millisecond}, 200, `"access_token"`, nil, ""},
+	user := imdsfake.AppRole{Value: "a", AllowedMemberTypes: []string{"User"}, IsEnabled: true}
+	off := imdsfake.AppRole{Value: "a", AllowedMemberTypes: []string{"Application"}}
+	two := func(a, b imdsfake.Identity) []imdsfake.Identity { return []imdsfake.Identity{a, b} }
+	host := imdsfake.Assignment{Identity: "host", Resource: "api://a", Role: "a"}
+	for want, fake := range map[string]*imdsfake.Handler{
+		`tenant: "contoso" is not a GUID`:           {Tenant: "contoso"},
+		`lifetime: 1ms is less than a second`:       {Lifetime: time.Millisecond},
+		`cache: "sometimes" is none of`:             {Cache: "sometimes"},
+		`limits: {PerSecond:-1 AtOnce:0}`:           {Limits: imdsfake.Limits{PerSecond: -1}},
+		`identities[1]: "b" is system-assigned`:     {Identities: two(imdsfake.Identity{Name: "a", SystemAssigned: true}, imdsfake.Identity{Name: "b", SystemAssigned: true})},
+		`identities[1]: the name "A" is that of`:    {Identities: two(imdsfake.Identity{Name: "a"}, imdsfake.Identity{Name: "A", SystemAssigned: true})},
+		`identities[1]: clientId: X is that of "a"`: {Identities: two(imdsfake.Identity{Name: "a", ClientID: "x"}, imdsfake.Identity{Name: "b", ClientID: "X"})},
+		`identities[1]: objectId: X is that of "a"`: {Identities: two(imdsfake.Identity{Name: "a", ObjectID: "x"}, imdsfake.Identity{Name: "b", ObjectID: "X"})},
+		`apps[0]: uri: it is empty`:                 {Apps: []imdsfake.App{{}}},
+		`apps[1]: uri: api://a/ is that of another`: {Apps: []imdsfake.App{{URI: "api://a"}, {URI: "api://a/"}}},
+		`apps[0]: tokenVersion: 3 is neither`:       {Apps: []imdsfake.App{{URI: "api://a", TokenVersion: 3}}},
+		`apps[0]: roles[0]: value is empty`:         {Apps: roles(imdsfake.AppRole{})},
+		`assignments[0]: identity: there is no`:     {Assignments: []imdsfake.Assignment{{}}},
+		`assignments[0]: resource: there is no`:     {Assignments: []imdsfake.Assignment{host}},
+		`assignments[0]: role: "a" is for users`:    {Apps: roles(user), Assignments: []imdsfake.Assignment{host}},
+		`assignments[0]: role: "a" is for users o`:  {Apps: roles(off), Assignments: []imdsfake.Assignment{host}},
 	} {
-		try := func(t *testing.T, fake *imdsfake.Handler, rt http.RoundTripper) {
-			tc.fault.Times = 1
-			fake.Inject(tc.fault)
-			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-			defer cancel()
-			resp, err := rt.RoundTrip(newRequest(plain).WithContext(ctx))
-			var body []byte
-			if err == nil {
-				body, err = io.ReadAll(resp.Body)
-				resp.Body.Close()
+		t.Run(want, func(t *testing.T) {
+			if err := fake.Check(); err == nil || !strings.HasPrefix(err.Error(), want) {
+				t.Errorf("got %v", err)
 			}
-			switch {
-			case tc.failed != nil:
-				if err == nil || !tc.failed(err) {
-					t.Errorf("got %v", err)
+			defer func() {
+				if p := fmt.Sprint(recover()); !strings.HasPrefix(p, "imdsfake: "+want) {
+					t.Errorf("panic %q", p)
 				}
-			case err != nil:
-				t.Error(err)
-			case resp.StatusCode != tc.status || !strings.Contains(string(body), tc.body) ||
-				resp.Header.Get("Retry-After") != tc.fault.RetryAfter || resp.ContentLength != int64(len(body)):
-				t.Errorf("got %s, %d bytes: %s", resp.Status, resp.ContentLength, body)
-			}
-			if resp, _ := get(t, rt, plain); resp.StatusCode != 200 {
-				t.Errorf("the next request got %s", resp.Status)
-			}
-		}
-		t.Run(tc.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				fake := newTenant(t)
-				try(t, fake, fake)
-				if got := fake.Requests()[0]; tc.error != "" && (got.Error != tc.error || got.Resource != resource) {
-					t.Errorf("the journal has %+v", got)
-				}
-			})
+			}()
+			_, _ = fake.RoundTrip(newRequest(plain))
 		})
-		t.Run(tc.name+" on a port", func(t *testing.T) {
-			srv := imdsfake.NewServer(newTenant(t))
-			defer srv.Close()
-			try(t, srv.Handler, srv.Client().Transport)
-		})
+	}
+	if err := new(imdsfake.Handler).Check(); err != nil {
+		t.Error(err)
 	}
 }
 
-// A client that is not the Server's own finds a refused connection reset.
-func TestRefuseOthers(t *testing.T) {
-	srv := imdsfake.NewServer(nil)
-	defer srv.Close()
-	srv.Handler.Inject(imdsfake.Fault{Failure: imdsfake.Refuse})
-	tr := &http.Transport{DisableKeepAlives: true}
-	req := newRequest(plain)
-	req.URL.Host = strings.TrimPrefix(srv.URL, "http://")
-	if _, err := tr.RoundTrip(req); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, io.EOF) {
-		t.Errorf("got %v", err)
+// An app can ask for tokens of version 2, which any validator takes at their
+// issuer's own address.
+func TestV2(t *testing.T) {
+	fake := newTenant(t)
+	fake.Apps[0].TokenVersion = 2
+	_, a := get(t, fake, plain+"&client_id="+daemonClientID)
+	ctx := oidc.ClientContext(t.Context(), &http.Client{Transport: fake})
+	issuer := "https://login.microsoftonline.com/" + imdsfake.DefaultTenant + "/v2.0"
+	provider, err := oidc.NewProvider(ctx, issuer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tok, err := provider.Verifier(&oidc.Config{ClientID: fake.Apps[0].ClientID}).Verify(ctx, a["access_token"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var claims map[string]any
+	if err := tok.Claims(&claims); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]any{"ver": "2.0", "azp": daemonClientID, "azpacr": "2", "appid": nil, "appidacr": nil,
+		"idp": nil, "oid": daemonObjectID, "roles": []any{"consumer"}} {
+		if fmt.Sprint(claims[name]) != fmt.Sprint(want) {
+			t.Errorf("%s is %v, want %v", name, claims[name], want)
+		}
 	}
 }
 
-func TestFaultsEnd(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		fake := newTenant(t)
-		status := func() int {
-			resp, _ := get(t, fake, plain)
-			return resp.StatusCode
+// After a rotation, tokens of the key before can be verified, those of the one
+// before that cannot.
+func TestRotateKey(t *testing.T) {
+	fake := newTenant(t)
+	fake.Cache = imdsfake.NoCache
+	stranger := newTenant(t)
+	kid := func(token string) string {
+		head, _, _ := strings.Cut(token, ".")
+		text, _ := base64.RawURLEncoding.DecodeString(head)
+		var h struct{ Kid, X5t, Alg string }
+		if err := json.Unmarshal(text, &h); err != nil || h.Kid != h.X5t || h.Kid == "" || h.Alg != "RS256" {
+			t.Fatalf("the header is %s", text)
 		}
-		fake.Inject(
-			imdsfake.Fault{Status: 410, Times: 2},
-			imdsfake.Fault{Status: 503, For: time.Hour},
-			imdsfake.Fault{Status: 429},
-		)
-		var got []int
-		for range 4 {
-			got = append(got, status())
-		}
-		time.Sleep(time.Hour - 1)
-		got = append(got, status())
-		time.Sleep(time.Nanosecond)
-		got = append(got, status())
-		time.Sleep(1000 * time.Hour)
-		got = append(got, status())
-		fake.Clear()
-		got = append(got, status())
-		if want := []int{410, 410, 503, 503, 503, 429, 429, 200}; !slices.Equal(got, want) {
-			t.Errorf("got %v, want %v", got, want)
-		}
-	})
+		return h.Kid
+	}
+	var tokens []string
+	for range 3 {
+		_, a := get(t, fake, plain)
+		tokens = append(tokens, a["access_token"])
+		fake.RotateKey()
+	}
+	if kid(tokens[0]) == kid(tokens[1]) || kid(tokens[1]) == kid(tokens[2]) {
+		t.Error("two have one key")
+	}
+	verify(t, fake, fake.Issuer(), tokens[2], resource)
+	if err := tryVerify(t, fake, fake.Issuer(), tokens[1], resource); err == nil {
+		t.Error("the key before the last one is published")
+	}
+	_, a := get(t, stranger, plain)
+	if kid(a["access_token"]) != kid(tokens[0]) {
+		t.Error("another Handler has another key")
+	}
 }
 
-func TestLatency(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		fake := newTenant(t)
-		fake.Inject(imdsfake.Fault{Latency: 3 * time.Second}, imdsfake.Fault{Failure: imdsfake.Refuse})
-		begin := time.Now()
-		get(t, fake, plain)
-		if took := time.Since(begin); took != 3*time.Second {
-			t.Errorf("took %v, want 3 s", took)
+// The certificates of the keys are what their thumbprints say.
+func TestKeysHaveCertificates(t *testing.T) {
+	fake := newTenant(t)
+	resp, err := fake.RoundTrip(newRequestTo("GET", "https://login.microsoftonline.com/common/discovery/v2.0/keys"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var set struct {
+		Keys []struct {
+			Kid, X5t, N, Issuer string
+			X5c                 []string
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		if _, err := fake.RoundTrip(newRequest(plain).WithContext(ctx)); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("got %v, want the deadline", err)
-		}
-		if took := time.Since(begin); took != 4*time.Second {
-			t.Errorf("left after %v, want 4 s", took)
-		}
-	})
+	}
+	if err := json.NewDecoder(resp.Body).Decode(&set); err != nil || len(set.Keys) != 1 {
+		t.Fatal(err, set)
+	}
+	k := set.Keys[0]
+	der, _ := base64.StdEncoding.DecodeString(k.X5c[0])
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha1.Sum(der)
+	n := cert.PublicKey.(*rsa.PublicKey).N.Bytes()
+	if k.X5t != base64.RawURLEncoding.EncodeToString(sum[:]) || k.N != base64.RawURLEncoding.EncodeToString(n) ||
+		!strings.HasSuffix(k.Issuer, "/v2.0") {
+		t.Errorf("the key is %+v", k)
+	}
 }
 
 // Services read the keys while IMDS is down.
@@ -524,36 +418,6 @@ func TestKeysHaveNoFaults(t *testing.T) {
 	_, a := get(t, fake, plain)
 	fake.Inject(imdsfake.Fault{Failure: imdsfake.Refuse})
 	verify(t, fake, fake.Issuer(), a["access_token"], resource)
-}
-
-func TestJournal(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		fake := newTenant(t)
-		begin := time.Now()
-		req := newRequest(plain + "&object_id=0b000000-0000-4000-8000-000000000001")
-		req.Header.Set("User-Agent", "test")
-		resp, err := fake.RoundTrip(req)
-		if err != nil || resp.StatusCode != 200 {
-			t.Fatal(resp, err)
-		}
-		time.Sleep(time.Minute)
-		get(t, fake, "api-version=2018-02-01")
-		want := []imdsfake.Request{
-			{Time: begin, Method: "GET", Path: "/metadata/identity/oauth2/token", Resource: resource,
-				Identity: "object_id=0b000000-0000-4000-8000-000000000001", UserAgent: "test", Status: 200},
-			{Time: begin.Add(time.Minute), Method: "GET", Path: "/metadata/identity/oauth2/token", Status: 400, Error: "invalid_request"},
-		}
-		got := fake.Requests()
-		if !slices.Equal(got, want) {
-			t.Errorf("got  %+v\nwant %+v", got, want)
-		}
-		body, _ := io.ReadAll(resp.Body)
-		var a map[string]string
-		_ = json.Unmarshal(body, &a)
-		if strings.Contains(fmt.Sprintf("%+v", got), a["access_token"]) {
-			t.Error("the journal has the token in it")
-		}
-	})
 }
 
 // In memory it is as polite as a transport: the body is closed, the trace told,
@@ -588,53 +452,6 @@ type body struct{ closed int }
 
 func (*body) Read([]byte) (int, error) { return 0, io.EOF }
 func (b *body) Close() error           { b.closed++; return nil }
-
-func TestServerHidesNothing(t *testing.T) {
-	srv := imdsfake.NewServer(newTenant(t))
-	defer srv.Close()
-	for _, path := range []string{"/common/discovery/keys", "/" + imdsfake.DefaultTenant + "/discovery/keys"} {
-		resp, err := srv.Client().Get(srv.URL + path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text, _ := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		if resp.StatusCode != 200 || !strings.Contains(string(text), `"kid"`) || strings.Contains(string(text), `"d"`) {
-			t.Errorf("%s: %s %s", path, resp.Status, text)
-		}
-	}
-	resp, err := srv.Client().Get("http://login.microsoftonline.com/" + imdsfake.DefaultTenant + "/.well-known/openid-configuration")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	var meta map[string]any
-	if err := json.NewDecoder(resp.Body).Decode(&meta); err != nil {
-		t.Fatal(err)
-	}
-	if meta["issuer"] != srv.Handler.Issuer() || meta["jwks_uri"] != "http://login.microsoftonline.com/"+imdsfake.DefaultTenant+"/discovery/keys" {
-		t.Errorf("the metadata is %v", meta)
-	}
-}
-
-// Close does not wait for those that hang.
-func TestCloseReleasesWhatHangs(t *testing.T) {
-	srv := imdsfake.NewServer(nil)
-	srv.Handler.Inject(imdsfake.Fault{Failure: imdsfake.Hang})
-	sent, failed := make(chan bool, 1), make(chan error, 1)
-	ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{
-		WroteRequest: func(httptrace.WroteRequestInfo) { sent <- true },
-	})
-	go func() {
-		_, err := srv.Client().Do(newRequest(plain).WithContext(ctx))
-		failed <- err
-	}()
-	<-sent
-	srv.Close()
-	if err := <-failed; err == nil {
-		t.Error("there was an answer")
-	}
-}
 
 func TestRecorder(t *testing.T) {
 	fake := newTenant(t)

@@ -2,51 +2,66 @@ package imdsfake
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"slices"
 	"strings"
+	"time"
 )
 
 // An Identity is a managed identity of the host. IDs that are left empty are
 // made up from the others: the same ones each time.
 type Identity struct {
 	// Name is what an Assignment may call it.
-	Name string
+	Name string `json:"name"`
 
 	// ClientID is its application ID, a GUID: the appid claim.
-	ClientID string
+	ClientID string `json:"clientId"`
 
 	// ObjectID is that of its service principal, a GUID: the oid claim.
-	ObjectID string
+	ObjectID string `json:"objectId"`
 
 	// ResourceID is its path in Azure Resource Manager: the xms_mirid claim.
-	ResourceID string
+	ResourceID string `json:"resourceId"`
 
 	// SystemAssigned says that it is the host's own, which requests that name
 	// no identity get.
-	SystemAssigned bool
+	SystemAssigned bool `json:"systemAssigned"`
 }
 
-// An App is the registration of a service in the tenant.
+// An App is the registration of a service in the tenant, and its service
+// principal. IDs that are left empty are made up.
 type App struct {
 	// URI is its App ID URI, such as "https://myapp.aztoso.com". Clients ask for
 	// tokens by it, or by the client ID.
-	URI string
+	URI string `json:"uri"`
 
-	// ClientID is its application ID, a GUID. If empty, one is made up.
-	ClientID string
+	// DisplayName is what people call it.
+	DisplayName string `json:"displayName,omitempty"`
+
+	// ClientID is its application ID, a GUID.
+	ClientID string `json:"clientId"`
+
+	// ObjectID is that of its service principal, a GUID.
+	ObjectID string `json:"objectId"`
 
 	// Roles are the app roles that it declares.
-	Roles []AppRole
+	Roles []AppRole `json:"roles"`
+
+	// TokenVersion is that of its tokens, 1 or 2: what its manifest calls
+	// requestedAccessTokenVersion. If zero, it is 1.
+	TokenVersion int `json:"tokenVersion,omitempty"`
+
+	// AssignmentRequired says that nobody gets tokens for it who has not been
+	// assigned an app role.
+	AssignmentRequired bool `json:"assignmentRequired,omitempty"`
 }
 
 // An AppRole is a role that an app declares, as a manifest has it.
 type AppRole struct {
-	ID                 string   `json:"id,omitempty"` // a GUID; made up by ParseManifest if empty
+	ID                 string   `json:"id,omitempty"` // a GUID; made up if empty
 	AllowedMemberTypes []string `json:"allowedMemberTypes"`
 	Description        string   `json:"description"`
 	DisplayName        string   `json:"displayName"`
@@ -56,9 +71,9 @@ type AppRole struct {
 
 // An Assignment is an app role that an identity has.
 type Assignment struct {
-	Identity string // its name, or one of its IDs
-	Resource string // the App ID URI or client ID of the app
-	Role     string // the value of the app role
+	Identity string `json:"identity"` // its name, or one of its IDs
+	Resource string `json:"resource"` // the App ID URI or client ID of the app
+	Role     string `json:"role"`     // the value of the app role; empty for an app that declares none
 }
 
 // ParseManifest parses the file that "az ad app create --app-roles" takes: a JSON
@@ -105,145 +120,80 @@ func (r AppRole) check(others []AppRole) error {
 	return nil
 }
 
-// A tenant is a directory, as far as IMDS has to do with it.
-type tenant struct {
-	id         string
-	identities []Identity
-	apps       []App               // nil: every resource is an app
-	roles      map[string][]string // by object ID and App ID URI
+// A Directory is the tenant of a Handler, with all that was made up in it.
+type Directory struct {
+	Tenant      string       `json:"tenant"`
+	Issuer      string       `json:"issuer"` // of v1 tokens
+	Identities  []Identity   `json:"identities"`
+	Apps        []App        `json:"apps"`
+	Assignments []Assignment `json:"assignments"` // by the names of identities and the URIs of apps
 }
 
-// newTenant returns the tenant of a Handler. It panics where the fields
-// contradict each other.
-func newTenant(h *Handler) tenant {
-	t := tenant{id: h.Tenant, identities: slices.Clone(h.Identities), apps: slices.Clone(h.Apps)}
-	t.roles = map[string][]string{}
-	if t.id == "" {
-		t.id = DefaultTenant
+// Directory returns the tenant as it is.
+func (h *Handler) Directory() Directory {
+	h.ready()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	d := Directory{Tenant: h.tenant.id, Issuer: h.tenant.issuer(), Identities: slices.Clone(h.tenant.identities)}
+	for _, a := range h.tenant.apps {
+		d.Apps = append(d.Apps, *a)
 	}
-	if t.identities == nil {
-		t.identities = []Identity{{Name: "host", SystemAssigned: true}}
+	for _, a := range h.tenant.assignments {
+		d.Assignments = append(d.Assignments, Assignment{a.identity.Name, a.app.URI, a.role.Value})
 	}
-	for i := range t.identities {
-		t.identities[i].complete(t.id)
-	}
-	for i := range t.apps {
-		if t.apps[i].ClientID == "" {
-			t.apps[i].ClientID = guid(t.id, "app", t.apps[i].URI)
-		}
-	}
-	for _, a := range h.Assignments {
-		t.assign(a)
-	}
-	return t
+	return d
 }
 
-// complete makes up the IDs that are empty.
-func (id *Identity) complete(tenant string) {
-	known := id.Name + id.ClientID + id.ObjectID + id.ResourceID
-	kind := "Microsoft.ManagedIdentity/userAssignedIdentities/"
-	if id.SystemAssigned {
-		kind = "Microsoft.Compute/virtualMachines/"
-	}
-	if id.ClientID == "" {
-		id.ClientID = guid(tenant, "client", known)
-	}
-	if id.ObjectID == "" {
-		id.ObjectID = guid(tenant, "object", known)
-	}
-	if id.ResourceID == "" {
-		name := id.Name
-		if name == "" {
-			name = id.ClientID
+// Issuer returns the issuer of v1 tokens, their iss claim. All Handlers of a
+// process sign with one key, until they rotate it: what tells their tenants apart
+// is iss and tid, as with Entra.
+func (h *Handler) Issuer() string {
+	h.ready()
+	return h.tenant.issuer()
+}
+
+// Assign grants app roles. They are in the tokens that are issued from then on:
+// a token that the Cache gives out again has the roles that it had. It panics if
+// the identity, the app or the role is not there.
+func (h *Handler) Assign(assignments ...Assignment) {
+	h.ready()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, a := range assignments {
+		if err := h.tenant.assign(a); err != nil {
+			panic("imdsfake: assignment: " + err.Error())
 		}
-		id.ResourceID = "/subscriptions/" + guid(tenant, "subscription") +
-			"/resourcegroups/imdsfake/providers/" + kind + name
 	}
 }
 
-// issuer is the iss claim of v1 tokens.
-func (t *tenant) issuer() string { return "https://sts.windows.net/" + t.id + "/" }
+// Check returns what is wrong with the fields of a Handler, which would panic
+// with its first use. The error begins with the place, as in "apps[1]: uri: ...".
+func (h *Handler) Check() error {
+	h.once.Do(h.init)
+	return h.wrong
+}
 
-// identity returns the identity that a request selects, or the text of the
-// error. Without a selector it is the system-assigned one or, where there is
-// none, the only one.
-func (t *tenant) identity(selector, value string) (_ Identity, text string) {
-	var found []Identity
-	for _, id := range t.identities {
-		switch {
-		case selector == "" && id.SystemAssigned:
-			return id, ""
-		case selector == "", strings.EqualFold(id.by(selector), value):
-			found = append(found, id)
-		}
+// ready makes the Handler ready to be used, or panics.
+func (h *Handler) ready() {
+	if err := h.Check(); err != nil {
+		panic("imdsfake: " + err.Error())
+	}
+}
+
+func (h *Handler) init() {
+	h.cache = map[cacheKey]*cached{}
+	h.secret = h.Secret
+	if h.secret == "" {
+		h.secret = unique()
 	}
 	switch {
-	case len(found) == 1:
-		return found[0], ""
-	case len(found) > 1 && selector == "":
-		return Identity{}, "Multiple user assigned identities exist, please specify the clientId / " +
-			"resourceId of the identity in the token request"
+	case h.Lifetime != 0 && h.Lifetime < time.Second:
+		h.wrong = fmt.Errorf("lifetime: %v is less than a second", h.Lifetime)
+	case !slices.Contains(caches, h.Cache):
+		h.wrong = fmt.Errorf("cache: %q is none of %q", h.Cache, caches[1:])
+	case h.Limits.PerSecond < 0 || h.Limits.AtOnce < 0:
+		h.wrong = fmt.Errorf("limits: %+v are negative", h.Limits)
+	default:
+		h.tenant, h.wrong = newTenant(h)
 	}
-	return Identity{}, "Identity not found"
-}
-
-// by returns the ID that a query parameter selects by.
-func (id Identity) by(selector string) string {
-	switch selector {
-	case "client_id":
-		return id.ClientID
-	case "object_id", "principal_id":
-		return id.ObjectID
-	}
-	return id.ResourceID
-}
-
-// app returns the app that a resource names.
-func (t *tenant) app(resource string) (App, bool) {
-	if t.apps == nil {
-		return App{URI: resource}, true
-	}
-	for _, a := range t.apps {
-		if strings.TrimSuffix(a.URI, "/") == strings.TrimSuffix(resource, "/") ||
-			strings.EqualFold(a.ClientID, resource) {
-			return a, true
-		}
-	}
-	return App{}, false
-}
-
-// assign grants an app role.
-func (t *tenant) assign(a Assignment) {
-	i := slices.IndexFunc(t.identities, func(id Identity) bool {
-		return a.Identity != "" && slices.ContainsFunc(
-			[]string{id.Name, id.ClientID, id.ObjectID, id.ResourceID},
-			func(s string) bool { return strings.EqualFold(s, a.Identity) })
-	})
-	app, ok := t.app(a.Resource)
-	declared := slices.ContainsFunc(app.Roles, func(r AppRole) bool { return r.Value == a.Role })
-	switch {
-	case i < 0:
-		panic(fmt.Sprintf("imdsfake: assignment %+v: there is no such identity", a))
-	case !ok || t.apps == nil:
-		panic(fmt.Sprintf("imdsfake: assignment %+v: there is no such app", a))
-	case !declared:
-		panic(fmt.Sprintf("imdsfake: assignment %+v: the app declares no such role", a))
-	}
-	key := t.identities[i].ObjectID + " " + app.URI
-	if !slices.Contains(t.roles[key], a.Role) {
-		t.roles[key] = append(t.roles[key], a.Role)
-	}
-}
-
-// rolesOf returns the app roles that an identity has.
-func (t *tenant) rolesOf(id Identity, app App) []string {
-	return slices.Clone(t.roles[id.ObjectID+" "+app.URI])
-}
-
-// guid returns a GUID that is made up from names: the same one each time.
-func guid(names ...string) string {
-	sum := sha256.Sum256([]byte(strings.Join(names, "\x00")))
-	sum[6] = sum[6]&0x0f | 0x80 // RFC 9562, section 5.8: version 8,
-	sum[8] = sum[8]&0x3f | 0x80 // and the variant
-	return fmt.Sprintf("%x-%x-%x-%x-%x", sum[0:4], sum[4:6], sum[6:8], sum[8:10], sum[10:16])
 }

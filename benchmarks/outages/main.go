@@ -162,7 +162,7 @@ func (c *contestant) suffer(t *testing.T, fault imdsfake.Fault, start, length ti
 	synctest.Test(t, func(t *testing.T) {
 		time.Sleep(gap)
 		begin := time.Now()
-		fake := &imdsfake.Handler{}
+		fake := &imdsfake.Handler{Cache: imdsfake.NoCache}
 		call, stop := c.start(t, fake, "api://"+url.PathEscape(c.name))
 		defer stop()
 		if _, err := timed(call); err != nil {

@@ -58,6 +58,7 @@ func newSite(lifetime time.Duration) (*site, error) {
 		Apps:        []imdsfake.App{{URI: resource, Roles: roles}},
 		Assignments: []imdsfake.Assignment{{Identity: "daemon", Resource: resource, Role: role}},
 		Lifetime:    lifetime,
+		Cache:       imdsfake.NoCache,
 	}
 	s := &site{azure: azure, imds: imdsfake.NewServer(azure)}
 	s.origin = "http://" + listener.Addr().String()
