@@ -1,0 +1,208 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/aztoso/mitoken/imdsfake"
+	"github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
+)
+
+// A config is the content of a configuration file: YAML, of which JSON is a part.
+// Its keys are those of the Handler's fields.
+type config struct {
+	Listen      string                `json:"listen"`    // address for http
+	ListenTLS   string                `json:"listenTLS"` // address for https; empty if there is to be none
+	Tenant      string                `json:"tenant"`
+	Lifetime    time.Duration         `json:"lifetime"`
+	Cache       imdsfake.Cache        `json:"cache"`
+	Limits      imdsfake.Limits       `json:"limits"`
+	Secret      string                `json:"secret"`
+	KeyDir      string                `json:"keyDir"`
+	Identities  []imdsfake.Identity   `json:"identities"`
+	Apps        []app                 `json:"apps"`
+	Assignments []imdsfake.Assignment `json:"assignments"`
+	Faults      []imdsfake.Fault      `json:"faults"`
+}
+
+// An app may have its roles in a file of their own: the manifest that "az ad app
+// create --app-roles" takes. Its path is relative to that of the configuration.
+type app struct {
+	imdsfake.App `yaml:",inline"`
+	Manifest     string `json:"manifest"`
+}
+
+// readConfig reads a file, and says where in it a mistake is.
+func readConfig(name string) (*config, error) {
+	data, err := os.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	c, err := parseConfig(data, filepath.Dir(name))
+	if err != nil {
+		return nil, fmt.Errorf("%s:%w", name, err)
+	}
+	return c, nil
+}
+
+// parseConfig returns what a file says. Its error begins with the line and the
+// column, if they are known.
+func parseConfig(data []byte, dir string) (*config, error) {
+	c := new(config)
+	if err := decode(data, c); err != nil {
+		return nil, err
+	}
+	for i := range c.Apps {
+		if err := c.Apps[i].readManifest(dir); err != nil {
+			return nil, inFile(data, fmt.Errorf("apps[%d]: manifest: %w", i, err))
+		}
+	}
+	if err := c.handler().Check(); err != nil {
+		return nil, inFile(data, err)
+	}
+	for i, f := range c.Faults {
+		if err := f.Check(); err != nil {
+			return nil, inFile(data, fmt.Errorf("faults[%d]: %w", i, err))
+		}
+	}
+	return c, nil
+}
+
+func (a *app) readManifest(dir string) error {
+	switch {
+	case a.Manifest == "":
+		return nil
+	case len(a.Roles) > 0:
+		return errors.New("the app has roles, too")
+	}
+	path := a.Manifest
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(dir, path)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	a.Roles, err = imdsfake.ParseManifest(data)
+	return err
+}
+
+// handler returns what is to be served.
+func (c *config) handler() *imdsfake.Handler {
+	h := &imdsfake.Handler{
+		Tenant:      c.Tenant,
+		Identities:  c.Identities,
+		Assignments: c.Assignments,
+		Lifetime:    c.Lifetime,
+		Cache:       c.Cache,
+		Limits:      c.Limits,
+		Secret:      c.Secret,
+		KeyDir:      c.KeyDir,
+	}
+	for _, a := range c.Apps {
+		h.Apps = append(h.Apps, a.App)
+	}
+	return h
+}
+
+// decode decodes YAML, in which unknown keys are errors.
+func decode(data []byte, v any) error {
+	file, err := parser.ParseBytes(data, 0)
+	if err == nil {
+		if len(file.Docs) > 1 {
+			return errors.New(" there is more than one document")
+		}
+		if err := checkDurations(file); err != nil {
+			return err
+		}
+		err = yaml.UnmarshalWithOptions(data, v, yaml.Strict())
+	}
+	var at yaml.Error
+	if errors.As(err, &at) {
+		return placed(at.GetToken(), at.GetMessage())
+	}
+	if err != nil {
+		return fmt.Errorf(" %w", err)
+	}
+	return nil
+}
+
+func placed(t *token.Token, text string) error {
+	if t == nil || t.Position == nil {
+		return errors.New(" " + text)
+	}
+	return fmt.Errorf("%d:%d: %s", t.Position.Line, t.Position.Column, text)
+}
+
+// durations are the keys of values with a unit of time.
+var durations = []string{"lifetime", "for", "latency", "jitter", "drip"}
+
+// checkDurations says where a value has no unit of time, or none that is known,
+// which the decoder does not.
+func checkDurations(file *ast.File) error {
+	w := new(durationWalk)
+	for _, doc := range file.Docs {
+		if doc.Body != nil {
+			ast.Walk(w, doc.Body)
+		}
+	}
+	return w.err
+}
+
+type durationWalk struct{ err error }
+
+func (w *durationWalk) Visit(n ast.Node) ast.Visitor {
+	pair, ok := n.(*ast.MappingValueNode)
+	if !ok || w.err != nil {
+		return w
+	}
+	key := pair.Key.GetToken().Value
+	if key == "fields" {
+		return nil // whose keys are anybody's
+	}
+	if slices.Contains(durations, key) {
+		t := pair.Value.GetToken()
+		if _, err := time.ParseDuration(t.Value); err != nil {
+			w.err = placed(t, fmt.Sprintf("%s: %q is no duration, such as 30s or 12h", key, t.Value))
+		}
+	}
+	return w
+}
+
+// segment is a part of the path that the errors of Check begin with.
+var segment = regexp.MustCompile(`^([A-Za-z]+(?:\[\d+\])?): `)
+
+// inFile says where in a file an error of Check is: at the last part of its path
+// that the file has.
+func inFile(data []byte, err error) error {
+	path, text := "$", err.Error()
+	var at *token.Token
+	for {
+		m := segment.FindStringSubmatch(text)
+		if m == nil {
+			break
+		}
+		text = text[len(m[0]):]
+		path += "." + m[1]
+		p, perr := yaml.PathString(path)
+		if perr != nil {
+			break
+		}
+		node, perr := p.ReadNode(bytes.NewReader(data))
+		if perr != nil {
+			break
+		}
+		at = node.GetToken()
+	}
+	return placed(at, strings.TrimPrefix(err.Error(), "imdsfake: "))
+}

@@ -1,0 +1,227 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/aztoso/mitoken/imdsfake"
+)
+
+// bodyLimit is how many bytes of a request to the controls are read.
+const bodyLimit = 1 << 20
+
+// newControls returns the controls of a fake, for tests in any language:
+//
+//	GET    /imdsfake/directory    the tenant
+//	GET    /imdsfake/requests     the journal; with ?atLeast=3&timeout=10s it waits for more
+//	GET    /imdsfake/tokens       what was issued, without the signatures
+//	GET    /imdsfake/faults       the script
+//	POST   /imdsfake/faults       adds to it: a fault or a list, in JSON or YAML
+//	DELETE /imdsfake/faults       ends all faults
+//	POST   /imdsfake/assignments  assigns app roles: one or a list
+//	POST   /imdsfake/keys         signs with a new key from then on
+//	GET    /imdsfake/env?host=... the variables of a host, for a shell to eval
+//
+// Pages of other origins cannot use them.
+func newControls(h *imdsfake.Handler) http.Handler {
+	c := controls{h}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /imdsfake/directory", func(w http.ResponseWriter, r *http.Request) { reply(w, h.Directory()) })
+	mux.HandleFunc("GET /imdsfake/tokens", func(w http.ResponseWriter, r *http.Request) { reply(w, list(h.Tokens())) })
+	mux.HandleFunc("GET /imdsfake/faults", func(w http.ResponseWriter, r *http.Request) { reply(w, c.script()) })
+	mux.HandleFunc("GET /imdsfake/requests", c.requests)
+	mux.HandleFunc("GET /imdsfake/env", c.env)
+	mux.HandleFunc("POST /imdsfake/faults", c.inject)
+	mux.HandleFunc("DELETE /imdsfake/faults", func(w http.ResponseWriter, r *http.Request) {
+		h.Clear()
+		w.WriteHeader(http.StatusNoContent)
+	})
+	mux.HandleFunc("POST /imdsfake/assignments", c.assign)
+	mux.HandleFunc("POST /imdsfake/keys", func(w http.ResponseWriter, r *http.Request) {
+		h.RotateKey()
+		w.WriteHeader(http.StatusNoContent)
+	})
+	return http.NewCrossOriginProtection().Handler(mux)
+}
+
+type controls struct{ *imdsfake.Handler }
+
+// list has nothing as [], not as null.
+func list[E any](s []E) []E {
+	if s == nil {
+		return []E{}
+	}
+	return s
+}
+
+// script is that of the fake, with durations as they are read: "30s".
+func (c controls) script() []map[string]any {
+	script := []map[string]any{}
+	for _, f := range c.Faults() {
+		fields := map[string]any{}
+		text, err := json.Marshal(f)
+		if err == nil {
+			err = json.Unmarshal(text, &fields)
+		}
+		if err != nil {
+			fields = map[string]any{"error": err.Error()} // of Fields that no JSON can hold
+		}
+		for _, name := range durations {
+			if v, ok := fields[name].(float64); ok {
+				fields[name] = time.Duration(v).String()
+			}
+		}
+		script = append(script, fields)
+	}
+	return script
+}
+
+func reply(w http.ResponseWriter, v any) {
+	body, err := json.Marshal(v)
+	if err != nil {
+		refuse(w, http.StatusInternalServerError, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	_, _ = w.Write(body) // a client that has left wants nothing
+}
+
+func refuse(w http.ResponseWriter, status int, err error) {
+	body, _ := json.Marshal(map[string]string{"error": err.Error()}) // strings always encode
+	w.Header().Set("Content-Type", "application/json; charset=utf-8")
+	w.WriteHeader(status)
+	_, _ = w.Write(body)
+}
+
+// requests answers with the journal, or waits for it to grow.
+func (c controls) requests(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	n, err := strconv.Atoi(cmp.Or(q.Get("atLeast"), "0"))
+	if err != nil {
+		refuse(w, http.StatusBadRequest, fmt.Errorf("atLeast: %q is no number", q.Get("atLeast")))
+		return
+	}
+	timeout, err := time.ParseDuration(cmp.Or(q.Get("timeout"), "10s"))
+	if err != nil {
+		refuse(w, http.StatusBadRequest, fmt.Errorf("timeout: %q is no duration, such as 10s", q.Get("timeout")))
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), timeout)
+	defer cancel()
+	found, err := c.WaitFor(ctx, n, nil)
+	if err != nil {
+		refuse(w, http.StatusRequestTimeout, fmt.Errorf("%d requests after %v, not %d", len(found), timeout, n))
+		return
+	}
+	reply(w, list(found))
+}
+
+// inject adds faults to the script, all of them or none.
+func (c controls) inject(w http.ResponseWriter, r *http.Request) {
+	faults, err := readList[imdsfake.Fault](r)
+	for i, f := range faults {
+		if wrong := f.Check(); wrong != nil && err == nil {
+			err = fmt.Errorf("faults[%d]: %w", i, wrong)
+		}
+	}
+	if err != nil {
+		refuse(w, http.StatusBadRequest, err)
+		return
+	}
+	c.Inject(faults...)
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// assign assigns app roles, all of them or none.
+func (c controls) assign(w http.ResponseWriter, r *http.Request) {
+	assignments, err := readList[imdsfake.Assignment](r)
+	if err == nil {
+		err = c.tryAssign(assignments)
+	}
+	if err != nil {
+		refuse(w, http.StatusBadRequest, err)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// tryAssign asks a copy of the tenant first, since Assign panics where it cannot.
+func (c controls) tryAssign(assignments []imdsfake.Assignment) error {
+	d := c.Directory()
+	copied := &imdsfake.Handler{Tenant: d.Tenant, Identities: d.Identities, Apps: d.Apps, Assignments: assignments}
+	if err := copied.Check(); err != nil {
+		return err
+	}
+	c.Assign(assignments...)
+	return nil
+}
+
+// readList reads one thing, or a list of them.
+func readList[E any](r *http.Request) ([]E, error) {
+	data, err := io.ReadAll(io.LimitReader(r.Body, bodyLimit))
+	if err != nil {
+		return nil, err
+	}
+	var many []E
+	if text := strings.TrimSpace(string(data)); strings.HasPrefix(text, "[") || strings.HasPrefix(text, "- ") {
+		err = decode(data, &many)
+	} else {
+		many = make([]E, 1)
+		err = decode(data, &many[0])
+	}
+	if err != nil {
+		return nil, fmt.Errorf("the body:%w", err)
+	}
+	return many, nil
+}
+
+// hosts are all of them, by the names that they have on a command line.
+var hosts = []struct {
+	name string
+	host imdsfake.Host
+}{
+	{"imds", imdsfake.IMDS},
+	{"appservice", imdsfake.AppService},
+	{"azureml", imdsfake.AzureML},
+	{"cloudshell", imdsfake.CloudShell},
+	{"arc", imdsfake.Arc},
+	{"servicefabric", imdsfake.ServiceFabric},
+}
+
+// env answers with the variables of a host, in lines for a shell.
+func (c controls) env(w http.ResponseWriter, r *http.Request) {
+	name := strings.ToLower(strings.ReplaceAll(r.URL.Query().Get("host"), " ", ""))
+	for _, h := range hosts {
+		if h.name != name {
+			continue
+		}
+		scheme := "http://"
+		if r.TLS != nil {
+			scheme = "https://"
+		}
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		for _, line := range variables(c.Handler, h.host, scheme+r.Host) {
+			fmt.Fprintln(w, "export "+line)
+		}
+		return
+	}
+	refuse(w, http.StatusBadRequest, fmt.Errorf("host: %q is none of imds, appservice, azureml, cloudshell, arc, servicefabric", name))
+}
+
+// variables returns those of a host, sorted, as NAME=value.
+func variables(h *imdsfake.Handler, host imdsfake.Host, base string) []string {
+	var lines []string
+	for name, value := range h.Env(host, base) {
+		lines = append(lines, name+"="+value)
+	}
+	slices.Sort(lines)
+	return lines
+}
