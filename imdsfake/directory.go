@@ -129,6 +129,8 @@ func (t *tenant) addApp(a App) error {
 	switch {
 	case a.URI == "":
 		return errors.New("uri: it is empty")
+	case a.Lifetime != 0 && a.Lifetime < time.Second:
+		return fmt.Errorf("lifetime: %v is less than a second", a.Lifetime)
 	case a.TokenVersion < 0 || a.TokenVersion > 2:
 		return fmt.Errorf("tokenVersion: %d is neither 1 nor 2", a.TokenVersion)
 	case slices.ContainsFunc(t.apps, func(b *App) bool { return b.is(a.URI) || b.is(a.ClientID) }):

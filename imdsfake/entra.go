@@ -86,7 +86,7 @@ func (h *Handler) RotateKey() {
 // token claims reference" (Microsoft). h.mu is not held.
 func (h *Handler) sign(id Identity, app *App, resource string, roles []string, now time.Time) (issuedToken, jwt.MapClaims) {
 	issued := now.Truncate(time.Second)
-	expiry := issued.Add(h.lifetime())
+	expiry := issued.Add(h.lifetimeFor(app))
 	claims := jwt.MapClaims{
 		"iat":       issued.Unix(),
 		"nbf":       issued.Unix(),

@@ -68,6 +68,10 @@ func (h *Handler) Env(host Host, base string) map[string]string {
 	panic(fmt.Sprintf("imdsfake: there is no host %q", host))
 }
 
+// capabilities is the parameter by which MSAL tells what clients can bear, such
+// as that a service refuses a token before its time.
+const capabilities = "xms_cc"
+
 // A protocol is how a kind of host hands out tokens.
 type protocol struct {
 	host     Host
@@ -78,6 +82,9 @@ type protocol struct {
 	// empty one is an error, unless emptyIsNone.
 	selectors   []string
 	emptyIsNone bool
+
+	// options are the parameters that may be there beside these.
+	options []string
 
 	// check returns what is wrong with the header of a request.
 	check func(*Handler, *call) *problem
@@ -105,6 +112,7 @@ var protocols = map[string]*protocol{
 		host: AppService, method: http.MethodGet,
 		versions:  []string{"2019-08-01"},
 		selectors: []string{"client_id", "principal_id", "object_id", "mi_res_id"},
+		options:   []string{capabilities, refused},
 		check:     checkAppService, write: writeAppService, refuse: refuseAppService,
 	},
 	// What MSAL sends there, an early version of App Service's protocol.
@@ -131,6 +139,7 @@ var protocols = map[string]*protocol{
 	serviceFabricPath: {
 		host: ServiceFabric, method: http.MethodGet,
 		versions: []string{"2019-07-01-preview"},
+		options:  []string{capabilities, refused},
 		check:    checkServiceFabric, write: writeServiceFabric, refuse: refuseServiceFabric,
 	},
 }

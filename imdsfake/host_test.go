@@ -2,6 +2,7 @@ package imdsfake_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -358,6 +359,26 @@ func goodQuery(host imdsfake.Host) string {
 		return "resource=r"
 	}
 	return "api-version=" + version + "&resource=r"
+}
+
+// A client whose token was refused says so, and gets another one.
+func TestRefusedTokens(t *testing.T) {
+	for _, host := range []imdsfake.Host{imdsfake.AppService, imdsfake.ServiceFabric} {
+		fake := newHosts(t)
+		token := func(query string) string {
+			_, a := getFrom(t, fake, host, goodQuery(host)+query)
+			return fmt.Sprint(a["access_token"])
+		}
+		hash := func(token string) string { return fmt.Sprintf("%x", sha256.Sum256([]byte(token))) }
+		first := token("&xms_cc=cp1")
+		if token("&token_sha256_to_refresh="+hash("another")) != first {
+			t.Errorf("%s: another token than the one that was refused is new", host)
+		}
+		next := token("&token_sha256_to_refresh=" + hash(first))
+		if next == first || token("") != next {
+			t.Errorf("%s: the refused token comes again", host)
+		}
+	}
 }
 
 // Each host has its own way to refuse.

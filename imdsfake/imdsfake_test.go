@@ -297,6 +297,7 @@ func TestCheck(t *testing.T) {
 		`apps[0]: uri: it is empty`:                 {Apps: []imdsfake.App{{}}},
 		`apps[1]: uri: api://a/ is that of another`: {Apps: []imdsfake.App{{URI: "api://a"}, {URI: "api://a/"}}},
 		`apps[0]: tokenVersion: 3 is neither`:       {Apps: []imdsfake.App{{URI: "api://a", TokenVersion: 3}}},
+		`apps[0]: lifetime: 1ns is less than`:       {Apps: []imdsfake.App{{URI: "api://a", Lifetime: 1}}},
 		`apps[0]: roles[0]: value is empty`:         {Apps: roles(imdsfake.AppRole{})},
 		`assignments[0]: identity: there is no`:     {Assignments: []imdsfake.Assignment{{}}},
 		`assignments[0]: resource: there is no`:     {Assignments: []imdsfake.Assignment{host}},
@@ -317,6 +318,16 @@ func TestCheck(t *testing.T) {
 	}
 	if err := new(imdsfake.Handler).Check(); err != nil {
 		t.Error(err)
+	}
+}
+
+// Each app may have a lifetime of its own.
+func TestLifetimes(t *testing.T) {
+	fake := &imdsfake.Handler{Lifetime: 2 * time.Hour, Apps: []imdsfake.App{{URI: "api://long"}, {URI: "api://short", Lifetime: time.Minute}}}
+	for resource, want := range map[string]string{"api://long": "7200", "api://short": "60"} {
+		if _, a := get(t, fake, "api-version=2018-02-01&resource="+resource); a["expires_in"] != want {
+			t.Errorf("%s: %s, want %s", resource, a["expires_in"], want)
+		}
 	}
 }
 

@@ -54,6 +54,9 @@ type App struct {
 	// requestedAccessTokenVersion. If zero, it is 1.
 	TokenVersion int `json:"tokenVersion,omitempty"`
 
+	// Lifetime is that of its tokens. If zero, it is the Handler's.
+	Lifetime time.Duration `json:"lifetime,omitempty"`
+
 	// AssignmentRequired says that nobody gets tokens for it who has not been
 	// assigned an app role.
 	AssignmentRequired bool `json:"assignmentRequired,omitempty"`

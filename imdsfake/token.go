@@ -1,6 +1,9 @@
 package imdsfake
 
 import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"net/http"
@@ -98,6 +101,7 @@ func (p *protocol) checkParameters(q parameters) *problem {
 			if values[0] != "" || !p.emptyIsNone {
 				chosen = append(chosen, name)
 			}
+		case slices.Contains(p.options, name):
 		case name != "resource" && (name != "api-version" || p.versions == nil):
 			return invalid("The parameter %q is not known", name)
 		}
@@ -171,6 +175,7 @@ func (h *Handler) issue(c *call, id Identity, app *App) issuedToken {
 		h.cache[key] = k
 	}
 	slot, again := k.next(h.Cache, now)
+	again = again && !slot.isRefused(c)
 	before, roles := *slot, h.tenant.rolesOf(id, app)
 	h.mu.Unlock()
 	if again {
@@ -179,7 +184,7 @@ func (h *Handler) issue(c *call, id Identity, app *App) issuedToken {
 	}
 	c.entry.Reason = "a new token"
 	if h.Cache == AgedFirst && before.value == "" {
-		now = now.Add(-h.lifetime() * 23 / 24)
+		now = now.Add(-h.lifetimeFor(app) * 23 / 24)
 		c.entry.Reason = "an aged token"
 	}
 	tok, claims := h.sign(id, app, c.entry.Resource, roles, now) // a millisecond, for which nobody else waits
@@ -196,9 +201,16 @@ func (h *Handler) issue(c *call, id Identity, app *App) issuedToken {
 	return tok
 }
 
-func (h *Handler) lifetime() time.Duration {
-	if h.Lifetime == 0 {
-		return 24 * time.Hour
-	}
-	return h.Lifetime
+func (h *Handler) lifetimeFor(app *App) time.Duration {
+	return cmp.Or(app.Lifetime, h.Lifetime, 24*time.Hour)
+}
+
+// refused is the parameter by which clients of some hosts name a token that a
+// service has refused, to get another one: its SHA-256, in hexadecimal.
+const refused = "token_sha256_to_refresh"
+
+// isRefused tells whether a request names this token so.
+func (tok issuedToken) isRefused(c *call) bool {
+	sum := sha256.Sum256([]byte(tok.value))
+	return c.query.has(refused) && strings.EqualFold(c.query.get(refused), hex.EncodeToString(sum[:]))
 }

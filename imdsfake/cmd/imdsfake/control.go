@@ -36,7 +36,7 @@ func newControls(h *imdsfake.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /imdsfake/directory", func(w http.ResponseWriter, r *http.Request) { reply(w, h.Directory()) })
 	mux.HandleFunc("GET /imdsfake/tokens", func(w http.ResponseWriter, r *http.Request) { reply(w, list(h.Tokens())) })
-	mux.HandleFunc("GET /imdsfake/faults", func(w http.ResponseWriter, r *http.Request) { reply(w, c.script()) })
+	mux.HandleFunc("GET /imdsfake/faults", func(w http.ResponseWriter, r *http.Request) { reply(w, list(h.Faults())) })
 	mux.HandleFunc("GET /imdsfake/requests", c.requests)
 	mux.HandleFunc("GET /imdsfake/env", c.env)
 	mux.HandleFunc("POST /imdsfake/faults", c.inject)
@@ -62,36 +62,40 @@ func list[E any](s []E) []E {
 	return s
 }
 
-// script is that of the fake, with durations as they are read: "30s".
-func (c controls) script() []map[string]any {
-	script := []map[string]any{}
-	for _, f := range c.Faults() {
-		fields := map[string]any{}
-		text, err := json.Marshal(f)
-		if err == nil {
-			err = json.Unmarshal(text, &fields)
-		}
-		if err != nil {
-			fields = map[string]any{"error": err.Error()} // of Fields that no JSON can hold
-		}
-		for _, name := range durations {
-			if v, ok := fields[name].(float64); ok {
-				fields[name] = time.Duration(v).String()
-			}
-		}
-		script = append(script, fields)
-	}
-	return script
-}
-
+// reply writes JSON, with durations as they are read: "30s".
 func reply(w http.ResponseWriter, v any) {
+	var plain any
 	body, err := json.Marshal(v)
+	if err == nil {
+		err = json.Unmarshal(body, &plain)
+	}
+	if err == nil {
+		spell(plain)
+		body, err = json.Marshal(plain)
+	}
 	if err != nil {
 		refuse(w, http.StatusInternalServerError, err)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json; charset=utf-8")
 	_, _ = w.Write(body) // a client that has left wants nothing
+}
+
+// spell puts the durations in a decoded value in words.
+func spell(v any) {
+	switch v := v.(type) {
+	case []any:
+		for _, e := range v {
+			spell(e)
+		}
+	case map[string]any:
+		for name, e := range v {
+			if n, ok := e.(float64); ok && slices.Contains(durations, name) {
+				v[name] = time.Duration(n).String()
+			}
+			spell(e)
+		}
+	}
 }
 
 func refuse(w http.ResponseWriter, status int, err error) {
