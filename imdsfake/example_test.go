@@ -1,10 +1,14 @@
 package imdsfake_test
 
 import (
+	"context"
 	"fmt"
 	"net/http"
+	"os"
 	"time"
 
+	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 	"github.com/aztoso/mitoken"
 	"github.com/aztoso/mitoken/imdsfake"
 )
@@ -47,11 +51,53 @@ func ExampleServer() {
 	// Output: 400 Bad Request
 }
 
-// A fault befalls the next requests, or all of them for a time.
+// A fault befalls the next requests, or all of them for a time, or some.
 func ExampleHandler_Inject() {
 	fake := new(imdsfake.Handler)
 	fake.Inject(
 		imdsfake.Fault{Status: 429, RetryAfter: "1", Times: 2},
-		imdsfake.Fault{Failure: imdsfake.Refuse, For: 12 * time.Hour},
+		imdsfake.Fault{Status: 410, For: 70 * time.Second}, // an upgrade of IMDS
+		imdsfake.Fault{Fields: map[string]any{"expires_on": "soon"}, Probability: 0.1},
+		imdsfake.Fault{Failure: imdsfake.Refuse, Resource: "https://myapp.aztoso.com"},
 	)
+}
+
+// Clients of other makers find the fake in the place of App Service, or of
+// another host, by their environment.
+func ExampleServer_Env() {
+	srv := imdsfake.NewServer(nil)
+	defer srv.Close()
+	for name, value := range srv.Env(imdsfake.AppService) {
+		os.Setenv(name, value) // in a test, t.Setenv
+		defer os.Unsetenv(name)
+	}
+	options := &azidentity.ManagedIdentityCredentialOptions{}
+	options.Transport = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	cred, err := azidentity.NewManagedIdentityCredential(options)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	_, err = cred.GetToken(context.Background(), policy.TokenRequestOptions{Scopes: []string{"api://example/.default"}})
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	r := srv.Handler.Requests()[0]
+	fmt.Println(r.Host, r.Resource, r.Reason)
+	// Output: App Service api://example a new token
+}
+
+// A test of something that works in the background waits for what it asks.
+func ExampleHandler_WaitFor() {
+	fake := new(imdsfake.Handler)
+	cred := &mitoken.Credential{IMDSTransport: fake}
+	defer cred.Close()
+	go cred.TokenSource("api://example").Token()
+
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	found, err := fake.WaitFor(ctx, 1, func(r imdsfake.Request) bool { return r.Resource == "api://example" })
+	fmt.Println(len(found), err)
+	// Output: 1 <nil>
 }
