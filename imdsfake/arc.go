@@ -1,11 +1,13 @@
 package imdsfake
 
 import (
+	"cmp"
 	"crypto/subtle"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 )
@@ -13,8 +15,13 @@ import (
 // This file is how the agent of Azure Arc knows whom to trust: whoever can read a
 // file that it has just written.
 
-// arcKeyDir is where clients on Linux read key files.
-const arcKeyDir = "/var/opt/azcmagent/tokens"
+// arcKeyDir is where clients read key files.
+func arcKeyDir() string {
+	if runtime.GOOS == "windows" {
+		return filepath.Join(os.Getenv("ProgramData"), "AzureConnectedMachineAgent", "Tokens")
+	}
+	return "/var/opt/azcmagent/tokens"
+}
 
 // arcKeysKept is how many key files there are at most. The oldest one goes first.
 const arcKeysKept = 20
@@ -40,11 +47,7 @@ func checkArc(h *Handler, c *call) *problem {
 
 // challenge writes a key file, and says where it is.
 func (h *Handler) challenge() *problem {
-	dir := h.KeyDir
-	if dir == "" {
-		dir = arcKeyDir
-	}
-	key := arcKey{filepath.Join(dir, guid(unique())+".key"), unique()}
+	key := arcKey{filepath.Join(cmp.Or(h.KeyDir, arcKeyDir()), guid(unique())+".key"), unique()}
 	if err := os.WriteFile(key.path, []byte(key.secret), 0o640); err != nil {
 		return &problem{status: 500, code: "unknown", text: fmt.Sprintf(
 			"The key file cannot be written; see Handler.KeyDir: %v", err)}

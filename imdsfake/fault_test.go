@@ -98,8 +98,14 @@ func TestFaults(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				fake := newTenant(t)
 				try(t, fake, fake)
-				if got := fake.Requests()[0]; tc.error != "" && (got.Error != tc.error || got.Resource != resource) {
+				got := fake.Requests()[0]
+				if tc.name != "hang" && got.Error != tc.error || got.Resource != resource ||
+					tc.status != 0 && got.Status != tc.status {
 					t.Errorf("the journal has %+v", got)
+				}
+				garbled := len(tc.fault.Header) > 0 || tc.fault.Fields != nil || tc.fault.Pad > 0 || tc.fault.Body != ""
+				if tc.status == 200 && tc.fault.Status == 0 && strings.Contains(got.Reason, "garbled") != garbled {
+					t.Errorf("the journal does not say how it was answered: %+v", got)
 				}
 			})
 		})

@@ -65,6 +65,7 @@ func (h *Handler) graph(c *call) answer {
 		return h.listPrincipals(c)
 	}
 	id, collection, _ := strings.Cut(strings.TrimPrefix(rest, "/"), "/")
+	body := c.graphBody()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	sp, p := h.principal(id, rest)
@@ -80,7 +81,7 @@ func (h *Handler) graph(c *call) answer {
 	case "GET appRoleAssignments":
 		return h.listAssignments(c, func(a assigned) bool { return a.identity.ObjectID == sp.id() })
 	case "POST appRoleAssignedTo", "POST appRoleAssignments":
-		return h.postAssignment(c, sp)
+		return h.postAssignment(c, sp, body)
 	}
 	return graphError(c, &problem{status: 400, code: "BadRequest",
 		text: "Resource not found for the segment '" + collection + "'."})
@@ -203,11 +204,20 @@ func (h *Handler) listAssignments(c *call, match func(assigned) bool) answer {
 	return graphAnswer(c, http.StatusOK, "appRoleAssignments", map[string]any{"value": list})
 }
 
+// graphBody returns the body of a request, or what of it can be read: what is cut
+// off is no JSON.
+func (c *call) graphBody() []byte {
+	if c.Body == nil {
+		return nil
+	}
+	body, _ := io.ReadAll(io.LimitReader(c.Body, formLimit))
+	return body
+}
+
 // postAssignment assigns an app role. h.mu is held.
-func (h *Handler) postAssignment(c *call, sp principal) answer {
+func (h *Handler) postAssignment(c *call, sp principal, body []byte) answer {
 	var asked struct{ PrincipalID, ResourceID, AppRoleID string }
-	text, err := io.ReadAll(io.LimitReader(c.Body, formLimit))
-	if err != nil || json.Unmarshal(text, &asked) != nil {
+	if json.Unmarshal(body, &asked) != nil {
 		return graphError(c, &problem{status: 400, code: "BadRequest", text: "Unable to read JSON request payload. " +
 			"Please ensure Content-Type header is set and payload is of valid JSON format."})
 	}

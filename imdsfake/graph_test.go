@@ -162,6 +162,7 @@ func TestGraphRefuses(t *testing.T) {
 		{"nobody's ID", "GET", "servicePrincipals/" + nobody, "", nil, 404, "Request_ResourceNotFound", nobody},
 		{"nobody's application ID", "GET", "servicePrincipals(appId='" + nobody + "')", "", nil, 404, "Request_ResourceNotFound", nobody},
 		{"another collection", "GET", "servicePrincipals/" + daemonObjectID + "/owners", "", nil, 400, "BadRequest", "'owners'"},
+		{"nothing", "POST", post, "", func(r *http.Request) { r.Body, r.ContentLength = nil, 0 }, 400, "BadRequest", "Unable to read JSON"},
 		{"no JSON", "POST", post, "<", nil, 400, "BadRequest", "Unable to read JSON"},
 		{"a third one's path", "POST", "servicePrincipals/" + ms.ObjectID + "/appRoleAssignedTo", body(daemonObjectID, app.ObjectID, app.Roles[0].ID), nil, 400, "Request_BadRequest", "neither principalId nor"},
 		{"no such service", "POST", post, body(daemonObjectID, nobody, app.Roles[0].ID), nil, 404, "Request_ResourceNotFound", nobody},

@@ -18,7 +18,7 @@
 // validator can check them. It is, at one address:
 //
 //   - IMDS: /metadata/identity/oauth2/token and /metadata/instance,
-//   - what other [Host]s have in place of IMDS; [Handler.Env] has their addresses,
+//   - what hosts of other kinds have in place of IMDS: see [Host] and [Handler.Env],
 //   - Entra's keys and metadata, for tokens of version 1 and 2:
 //     /{tenant}/.well-known/openid-configuration, /{tenant}/discovery/keys and
 //     their like with v2.0 in them,
@@ -77,8 +77,8 @@ type Handler struct {
 	// than virtual machines know their own processes. If empty, one is made up.
 	Secret string
 
-	// KeyDir is where the key files of Azure Arc are written. If empty, it is
-	// /var/opt/azcmagent/tokens, the one place where clients on Linux read them.
+	// KeyDir is where the key files of Azure Arc are written. If empty, it is the
+	// one place where clients read them: on Linux, /var/opt/azcmagent/tokens.
 	KeyDir string
 
 	once   sync.Once
@@ -183,29 +183,32 @@ func (h *Handler) newCall(r *http.Request) *call {
 // answer decides what a request gets, after it has waited as long as a fault has
 // it wait, and writes it down.
 func (h *Handler) answer(c *call, f Fault) answer {
+	leave, ok := h.enter(c)
+	if !ok {
+		a := refusal(c, statusProblem(http.StatusTooManyRequests))
+		h.record(c.entry)
+		return a
+	}
+	defer leave()
 	if f.Failure == Hang {
 		h.record(c.failed(f))
 		<-c.Context().Done()
 		return answer{spoil: f}
 	}
-	leave, ok := h.enter(c)
-	if !ok {
-		a := refusal(c, statusProblem(http.StatusTooManyRequests))
-		c.entry.Status = a.status
-		h.record(c.entry)
-		return a
-	}
-	defer leave()
 	a, ok := f.befall(c)
 	if !ok {
 		a = h.route(c)
+		c.entry.Status = a.status
 		a.spoil = f
 		a = a.garble()
 	}
-	c.entry.Status = a.status
-	if a.spoil.Failure != "" {
+	switch {
+	case a.spoil.Failure != "":
 		h.record(c.failed(a.spoil))
-	} else {
+	case f.garbles() && !ok:
+		c.entry.Reason += ", garbled by a fault"
+		fallthrough
+	default:
 		h.record(c.entry)
 	}
 	return a
@@ -248,7 +251,7 @@ const (
 
 // refusal is the answer with an error as IMDS writes it.
 func refusal(c *call, p *problem) answer {
-	c.entry.Error, c.entry.Reason = p.code, p.text
+	c.entry.Status, c.entry.Error, c.entry.Reason = p.status, p.code, p.text
 	write := writeError
 	if c.protocol != nil {
 		write = c.protocol.refuse

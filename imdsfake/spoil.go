@@ -62,6 +62,9 @@ func (f Fault) befall(c *call) (answer, bool) {
 	case f.Status != 0:
 		a := refusal(c, statusProblem(f.Status))
 		c.entry.Reason = "a fault: " + strconv.Itoa(f.Status)
+		if f.Status < 400 {
+			c.entry.Error = ""
+		}
 		a.spoil = f
 		return a.garble(), true
 	}
@@ -92,6 +95,11 @@ func statusProblem(status int) *problem {
 			"C:\\WindowsAzure\\Logs\\Plugins\\Microsoft.Azure.ManagedIdentity"
 	}
 	return p
+}
+
+// garbles tells whether a fault changes an answer.
+func (f Fault) garbles() bool {
+	return f.Body != "" || f.RetryAfter != "" || f.Gzip || f.Pad > 0 || len(f.Header) > 0 || len(f.Fields) > 0
 }
 
 // garble does to an answer what its fault says.
