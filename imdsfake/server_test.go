@@ -73,8 +73,8 @@ func TestTLS(t *testing.T) {
 	if _, err := srv.Client().Get("https://example.com/"); err == nil || !strings.Contains(err.Error(), "certificate is valid for") {
 		t.Errorf("another name: %v", err)
 	}
-	if !strings.HasPrefix(srv.TLSURL(), "https://127.0.0.1:") || srv.TLSURL() != srv.TLSURL() {
-		t.Errorf("it is at %s", srv.TLSURL())
+	if first, again := srv.TLSURL(), srv.TLSURL(); !strings.HasPrefix(first, "https://127.0.0.1:") || again != first {
+		t.Errorf("it is at %s, and then at %s", first, again)
 	}
 	other := &http.Transport{}
 	defer other.CloseIdleConnections()
