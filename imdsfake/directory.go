@@ -14,6 +14,7 @@ import (
 type tenant struct {
 	id          string
 	identities  []Identity
+	clients     []ServicePrincipal
 	apps        []*App
 	open        bool // every resource is an app
 	assignments []assigned
@@ -45,6 +46,11 @@ func newTenant(h *Handler) (tenant, error) {
 		t.identities[i].complete(t.id)
 		if err := t.checkIdentity(i); err != nil {
 			return t, fmt.Errorf("identities[%d]: %w", i, err)
+		}
+	}
+	for i, sp := range h.ServicePrincipals {
+		if err := t.addClient(sp); err != nil {
+			return t, fmt.Errorf("servicePrincipals[%d]: %w", i, err)
 		}
 	}
 	for i, a := range h.Apps {
@@ -230,7 +236,8 @@ func (t *tenant) sameResource(a, b string) bool {
 
 // assign grants an app role.
 func (t *tenant) assign(a Assignment) error {
-	i := slices.IndexFunc(t.identities, func(id Identity) bool { return id.is(a.Identity) })
+	principals := t.principals()
+	i := slices.IndexFunc(principals, func(id Identity) bool { return id.is(a.Identity) })
 	if i < 0 {
 		return fmt.Errorf("identity: there is no identity %q", a.Identity)
 	}
@@ -249,7 +256,7 @@ func (t *tenant) assign(a Assignment) error {
 	if !role.isForApps() {
 		return fmt.Errorf("role: %q is for users only, or not enabled", a.Role)
 	}
-	t.grant(t.identities[i], app, role)
+	t.grant(principals[i], app, role)
 	return nil
 }
 

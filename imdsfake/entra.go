@@ -84,35 +84,36 @@ func (h *Handler) RotateKey() {
 
 // sign makes a token with the claims that managed identities have, of "Access
 // token claims reference" (Microsoft). h.mu is not held.
-func (h *Handler) sign(id Identity, app *App, resource string, roles []string, now time.Time) (issuedToken, jwt.MapClaims) {
+func (h *Handler) sign(c *call, id Identity, app *App, roles []string, now time.Time) (issuedToken, jwt.MapClaims) {
 	issued := now.Truncate(time.Second)
-	expiry := issued.Add(h.lifetimeFor(app))
+	expiry := issued.Add(h.lifetimeFor(c, app))
 	claims := jwt.MapClaims{
-		"iat":       issued.Unix(),
-		"nbf":       issued.Unix(),
-		"exp":       expiry.Unix(),
-		"aio":       unique(),
-		"idtyp":     "app",
-		"oid":       id.ObjectID,
-		"rh":        unique(),
-		"sub":       id.ObjectID,
-		"tid":       h.tenant.id,
-		"uti":       unique(),
-		"xms_mirid": id.ResourceID,
+		"iat":   issued.Unix(),
+		"nbf":   issued.Unix(),
+		"exp":   expiry.Unix(),
+		"aio":   unique(),
+		"idtyp": "app",
+		"oid":   id.ObjectID,
+		"rh":    unique(),
+		"sub":   id.ObjectID,
+		"tid":   h.tenant.id,
+		"uti":   unique(),
 	}
-	if !id.SystemAssigned {
+	if id.ResourceID != "" { // a service principal has none
+		claims["xms_mirid"] = id.ResourceID
+	}
+	if id.ResourceID != "" && !id.SystemAssigned {
 		claims["xms_az_rid"] = h.tenant.hostID() // where it is used
 	}
 	if len(roles) > 0 {
 		claims["roles"] = roles
 	}
-	// The 2 says that the identity proved itself with a certificate.
 	if app.TokenVersion == 2 {
 		claims["aud"], claims["iss"], claims["ver"] = app.ClientID, h.tenant.issuerV2(), "2.0"
-		claims["azp"], claims["azpacr"] = id.ClientID, "2"
+		claims["azp"], claims["azpacr"] = id.ClientID, c.proof
 	} else {
-		claims["aud"], claims["iss"], claims["ver"] = resource, h.tenant.issuer(), "1.0"
-		claims["appid"], claims["appidacr"], claims["idp"] = id.ClientID, "2", h.tenant.issuer()
+		claims["aud"], claims["iss"], claims["ver"] = c.entry.Resource, h.tenant.issuer(), "1.0"
+		claims["appid"], claims["appidacr"], claims["idp"] = id.ClientID, c.proof, h.tenant.issuer()
 	}
 	key := h.publishedKeys()[0]
 	tok := jwt.NewWithClaims(jwt.SigningMethodRS256, claims)
@@ -157,10 +158,15 @@ func (h *Handler) published(c *call) answer {
 		return jsonAnswer(http.StatusOK, metadata(h.tenant.issuer(), base+"/"+tenant, ""))
 	case "v2.0/.well-known/openid-configuration":
 		return jsonAnswer(http.StatusOK, metadata(h.tenant.issuerV2(), base+"/"+tenant, "/v2.0"))
+	case "discovery/instance":
+		return h.discovery(c)
 	case "discovery/keys":
 		return h.keySet(h.tenant.issuer())
 	case "discovery/v2.0/keys":
 		return h.keySet(h.tenant.issuerV2())
+	}
+	if path == strings.TrimPrefix(entraPath, "/") {
+		return refusal(c, invalid("AADSTS50059: No tenant-identifying information found; the tenant here is %s", h.tenant.id))
 	}
 	return refusal(c, &problem{status: 404, code: "not_found", text: "There is nothing at " + c.URL.Path})
 }

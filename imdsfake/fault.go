@@ -8,8 +8,8 @@ import (
 )
 
 // A Fault is something that goes wrong with requests to the metadata service, or
-// to what a host has in its place. Keys, discovery and Microsoft Graph stay as
-// they are: services read them from elsewhere.
+// to what a host has in its place, or to Entra's token endpoint. Keys, discovery
+// and Microsoft Graph stay as they are: services read them from elsewhere.
 type Fault struct {
 	// Times is how many requests it befalls. If zero, it is all of them until
 	// For is over.
@@ -222,6 +222,10 @@ func (h *Handler) isFor(f Fault, c *call) bool {
 	}
 	if c.protocol == nil {
 		return false
+	}
+	if c.protocol == entra {
+		sp, ok := h.tenant.client(c.query.get("client_id"))
+		return ok && sp.identity().is(f.Identity)
 	}
 	id, text := h.tenant.identity(c.selector, c.query.get(c.selector))
 	return text == "" && id.is(f.Identity)

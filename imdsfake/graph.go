@@ -121,8 +121,8 @@ func (h *Handler) checkGraph(c *call) *problem {
 // principals returns all service principals.
 func (h *Handler) principals() []principal {
 	var all []principal
-	for i := range h.tenant.identities {
-		all = append(all, principal{identity: &h.tenant.identities[i]})
+	for _, id := range h.tenant.principals() {
+		all = append(all, principal{identity: &id})
 	}
 	for _, a := range h.tenant.apps {
 		all = append(all, principal{app: a})
@@ -235,7 +235,7 @@ func (h *Handler) postAssignment(c *call, sp principal, body []byte) answer {
 		return graphError(c, p)
 	}
 	if identity.identity == nil || resource.app == nil {
-		return graphError(c, badAssignment("principalId must be that of a managed identity, and resourceId that of an app."))
+		return graphError(c, badAssignment("principalId must be that of a client, and resourceId that of an app."))
 	}
 	role, ok := resource.app.role(asked.AppRoleID)
 	if !ok {
@@ -307,11 +307,14 @@ func (sp principal) fields() map[string]any {
 		"appRoleAssignmentRequired": false,
 		"appRoles":                  []any{},
 	}
-	if sp.app == nil {
+	if sp.app == nil && sp.identity.ResourceID != "" {
 		f["alternativeNames"] = []string{"isExplicit=" + explicit(sp.identity), sp.identity.ResourceID}
 		return f
 	}
 	f["servicePrincipalType"] = "Application"
+	if sp.app == nil {
+		return f
+	}
 	f["appRoleAssignmentRequired"] = sp.app.AssignmentRequired
 	roles := []any{}
 	for _, r := range sp.app.Roles {

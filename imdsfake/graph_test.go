@@ -162,7 +162,7 @@ func TestGraphRefuses(t *testing.T) {
 		{"a third one's path", "POST", "servicePrincipals/" + ms.ObjectID + "/appRoleAssignedTo", body(daemonObjectID, app.ObjectID, app.Roles[0].ID), nil, 400, "Request_BadRequest", "neither principalId nor"},
 		{"no such service", "POST", post, body(daemonObjectID, nobody, app.Roles[0].ID), nil, 404, "Request_ResourceNotFound", nobody},
 		{"no such identity", "POST", "servicePrincipals/" + app.ObjectID + "/appRoleAssignedTo", body(nobody, app.ObjectID, app.Roles[0].ID), nil, 404, "Request_ResourceNotFound", nobody},
-		{"a service to itself", "POST", "servicePrincipals/" + app.ObjectID + "/appRoleAssignedTo", body(app.ObjectID, app.ObjectID, app.Roles[0].ID), nil, 400, "Request_BadRequest", "managed identity"},
+		{"a service to itself", "POST", "servicePrincipals/" + app.ObjectID + "/appRoleAssignedTo", body(app.ObjectID, app.ObjectID, app.Roles[0].ID), nil, 400, "Request_BadRequest", "that of a client"},
 		{"no such role", "POST", post, body(daemonObjectID, app.ObjectID, nobody), nil, 400, "Request_BadRequest", "was not found on application '" + app.ClientID},
 		{"default access where there are roles", "POST", post, body(daemonObjectID, app.ObjectID, "00000000-0000-0000-0000-000000000000"), nil, 400, "Request_BadRequest", "was not found"},
 	} {

@@ -45,7 +45,7 @@ const (
 
 // Env returns the environment variables by which clients know a host, for a
 // Handler that is served at base: "http://127.0.0.1:8169", say, and https for
-// ServiceFabric. Those of IMDS are for clients that can be told its address;
+// ServiceFabric and Entra. Those of IMDS are for clients that can be told its address;
 // most cannot. Variables of other hosts must not be set at the same time.
 func (h *Handler) Env(host Host, base string) map[string]string {
 	h.ready()
@@ -61,6 +61,8 @@ func (h *Handler) Env(host Host, base string) map[string]string {
 		return map[string]string{"MSI_ENDPOINT": base + cloudShellPath}
 	case Arc:
 		return map[string]string{"IDENTITY_ENDPOINT": base + arcPath, "IMDS_ENDPOINT": base + "/arc"}
+	case Entra:
+		return map[string]string{"AZURE_AUTHORITY_HOST": base, "AZURE_TENANT_ID": h.tenant.id}
 	case ServiceFabric:
 		return map[string]string{"IDENTITY_ENDPOINT": base + serviceFabricPath, "IDENTITY_HEADER": h.secret,
 			"IDENTITY_SERVER_THUMBPRINT": thumbprint()}
@@ -88,6 +90,10 @@ type protocol struct {
 
 	// check returns what is wrong with the header of a request.
 	check func(*Handler, *call) *problem
+
+	// authenticate, if not nil, returns whom a request is from, in place of check
+	// and of what the parameters select.
+	authenticate func(*Handler, *call) (Identity, *problem)
 
 	// write returns the answer with a token, refuse the one with an error.
 	write  func(*call, issuedToken, Identity) map[string]any

@@ -22,6 +22,7 @@
 //   - Entra's keys and metadata, for tokens of version 1 and 2:
 //     /{tenant}/.well-known/openid-configuration, /{tenant}/discovery/keys and
 //     their like with v2.0 in them,
+//   - Entra's token endpoint for service principals, /{tenant}/oauth2/v2.0/token,
 //   - the calls of Microsoft Graph that assign app roles, in /v1.0/servicePrincipals.
 //
 // Outages and other faults are scripted with [Handler.Inject], and
@@ -56,6 +57,9 @@ type Handler struct {
 	// and named "host".
 	Identities []Identity
 
+	// ServicePrincipals are programs elsewhere, which get tokens from Entra itself.
+	ServicePrincipals []ServicePrincipal
+
 	// Apps are the services that tokens can be for. Microsoft Graph is always
 	// one. If nil, every resource is known, and has no app roles.
 	Apps []App
@@ -63,7 +67,8 @@ type Handler struct {
 	// Assignments are the app roles that identities have.
 	Assignments []Assignment
 
-	// Lifetime is that of tokens. If zero, it is 24 hours.
+	// Lifetime is that of tokens. If zero, it is 24 hours, and one hour for those
+	// of service principals.
 	Lifetime time.Duration
 
 	// Cache is how long a token is given out again to whoever asks for the same
@@ -106,6 +111,7 @@ type call struct {
 	protocol *protocol // nil if it is not for a token
 	query    parameters
 	selector string // the parameter that selects an identity, if any
+	proof    string // how the client proved who it is: the appidacr claim
 	entry    Request
 }
 
@@ -163,7 +169,10 @@ func (h *Handler) newCall(r *http.Request) *call {
 	h.ready()
 	c := &call{Request: r}
 	c.entry = Request{Time: time.Now(), Method: r.Method, Path: r.URL.Path, UserAgent: r.UserAgent()}
-	c.protocol = protocols[r.URL.Path]
+	c.protocol, c.proof = protocols[r.URL.Path], "2" // by a certificate
+	if r.URL.Path == "/"+h.tenant.id+entraPath {
+		c.protocol = entra
+	}
 	if c.protocol == nil {
 		if strings.HasPrefix(r.URL.Path, "/metadata/") {
 			c.entry.Host = IMDS
@@ -174,6 +183,9 @@ func (h *Handler) newCall(r *http.Request) *call {
 	c.selector = c.protocol.selected(c.query)
 	c.entry.Host = c.protocol.host
 	c.entry.Resource = c.query.get("resource")
+	if c.protocol == entra {
+		c.entry.Resource = scopeResource(c.query.get("scope"))
+	}
 	if c.selector != "" {
 		c.entry.Identity = c.selector + "=" + c.query.get(c.selector)
 	}

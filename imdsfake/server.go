@@ -89,7 +89,7 @@ func (s *Server) TLSURL() string { return "https://" + s.secure() }
 // Env returns the environment variables by which clients find the Server in the
 // place of a host: see [Handler.Env].
 func (s *Server) Env(host Host) map[string]string {
-	if host == ServiceFabric {
+	if host == ServiceFabric || host == Entra {
 		return s.Handler.Env(host, s.TLSURL())
 	}
 	return s.Handler.Env(host, s.URL)

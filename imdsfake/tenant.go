@@ -74,7 +74,7 @@ type AppRole struct {
 
 // An Assignment is an app role that an identity has.
 type Assignment struct {
-	Identity string `json:"identity"` // its name, or one of its IDs
+	Identity string `json:"identity"` // its name, or one of its IDs; or those of a service principal
 	Resource string `json:"resource"` // the App ID URI or client ID of the app
 	Role     string `json:"role"`     // the value of the app role; empty for an app that declares none
 }
@@ -130,6 +130,9 @@ type Directory struct {
 	Identities  []Identity   `json:"identities"`
 	Apps        []App        `json:"apps"`
 	Assignments []Assignment `json:"assignments"` // by the names of identities and the URIs of apps
+
+	// ServicePrincipals have no Secret here.
+	ServicePrincipals []ServicePrincipal `json:"servicePrincipals"`
 }
 
 // Directory returns the tenant as it is.
@@ -138,6 +141,10 @@ func (h *Handler) Directory() Directory {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	d := Directory{Tenant: h.tenant.id, Issuer: h.tenant.issuer(), Identities: slices.Clone(h.tenant.identities)}
+	for _, sp := range h.tenant.clients {
+		sp.Secret = ""
+		d.ServicePrincipals = append(d.ServicePrincipals, sp)
+	}
 	for _, a := range h.tenant.apps {
 		d.Apps = append(d.Apps, *a)
 	}

@@ -44,6 +44,16 @@ func readParameters(c *call) parameters {
 func (p parameters) has(name string) bool   { return p.Values.Has(name) }
 func (p parameters) get(name string) string { return p.Values.Get(name) }
 
+// repeated returns a parameter that is there more than once, if one is.
+func (p parameters) repeated() string {
+	for name, values := range p.Values {
+		if len(values) > 1 {
+			return name
+		}
+	}
+	return ""
+}
+
 // token answers a request for a token.
 func (h *Handler) token(c *call) answer {
 	tok, id, p := h.issueOrRefuse(c)
@@ -55,7 +65,23 @@ func (h *Handler) token(c *call) answer {
 }
 
 func (h *Handler) issueOrRefuse(c *call) (issuedToken, Identity, *problem) {
+	id, p := h.identify(c)
+	if p != nil {
+		return issuedToken{}, Identity{}, p
+	}
+	app, p := h.appFor(id, c.entry.Resource)
+	if p != nil {
+		return issuedToken{}, Identity{}, p
+	}
+	return h.issue(c, id, app), id, nil
+}
+
+// identify returns whom a request is from, or what is wrong with it.
+func (h *Handler) identify(c *call) (Identity, *problem) {
 	p := c.protocol.checkMethod(c)
+	if p == nil && c.protocol.authenticate != nil {
+		return c.protocol.authenticate(h, c)
+	}
 	if p == nil {
 		p = c.protocol.check(h, c)
 	}
@@ -63,17 +89,13 @@ func (h *Handler) issueOrRefuse(c *call) (issuedToken, Identity, *problem) {
 		p = c.protocol.checkParameters(c.query)
 	}
 	if p != nil {
-		return issuedToken{}, Identity{}, p
+		return Identity{}, p
 	}
 	id, text := h.tenant.identity(c.selector, c.query.get(c.selector))
 	if text != "" {
-		return issuedToken{}, Identity{}, &problem{status: 400, code: "invalid_request", text: text, kind: noIdentity}
+		return id, &problem{status: 400, code: "invalid_request", text: text, kind: noIdentity}
 	}
-	app, p := h.appFor(id, c.entry.Resource)
-	if p != nil {
-		return issuedToken{}, Identity{}, p
-	}
-	return h.issue(c, id, app), id, nil
+	return id, nil
 }
 
 func (p *protocol) checkMethod(c *call) *problem {
@@ -92,11 +114,12 @@ func (p *protocol) checkParameters(q parameters) *problem {
 	if q.bad {
 		return invalid("The parameters are malformed")
 	}
+	if name := q.repeated(); name != "" {
+		return invalid("The parameter %q is given more than once", name)
+	}
 	var chosen []string
 	for name, values := range q.Values {
 		switch {
-		case len(values) > 1:
-			return invalid("The parameter %q is given more than once", name)
 		case slices.Contains(p.selectors, name):
 			if values[0] != "" || !p.emptyIsNone {
 				chosen = append(chosen, name)
@@ -174,7 +197,11 @@ func (h *Handler) issue(c *call, id Identity, app *App) issuedToken {
 		k = new(cached)
 		h.cache[key] = k
 	}
-	slot, again := k.next(h.Cache, now)
+	cache := h.Cache
+	if c.protocol == entra {
+		cache = NoCache // which is IMDS's
+	}
+	slot, again := k.next(cache, now)
 	again = again && !slot.isRefused(c)
 	before, roles := *slot, h.tenant.rolesOf(id, app)
 	h.mu.Unlock()
@@ -183,14 +210,14 @@ func (h *Handler) issue(c *call, id Identity, app *App) issuedToken {
 		return before
 	}
 	c.entry.Reason = "a new token"
-	if h.Cache == AgedFirst && before.value == "" {
-		now = now.Add(-h.lifetimeFor(app) * 23 / 24)
+	if cache == AgedFirst && before.value == "" {
+		now = now.Add(-h.lifetimeFor(c, app) * 23 / 24)
 		c.entry.Reason = "an aged token"
 	}
-	tok, claims := h.sign(id, app, c.entry.Resource, roles, now) // a millisecond, for which nobody else waits
+	tok, claims := h.sign(c, id, app, roles, now) // a millisecond, for which nobody else waits
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.Cache.shares() && *slot != before {
+	if cache.shares() && *slot != before {
 		return *slot // that of a request at the same time
 	}
 	*slot = tok
@@ -201,8 +228,12 @@ func (h *Handler) issue(c *call, id Identity, app *App) issuedToken {
 	return tok
 }
 
-func (h *Handler) lifetimeFor(app *App) time.Duration {
-	return cmp.Or(app.Lifetime, h.Lifetime, 24*time.Hour)
+func (h *Handler) lifetimeFor(c *call, app *App) time.Duration {
+	usual := 24 * time.Hour
+	if c.protocol == entra {
+		usual = time.Hour
+	}
+	return cmp.Or(app.Lifetime, h.Lifetime, usual)
 }
 
 // refused is the parameter by which clients of some hosts name a token that a

@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"os"
@@ -21,16 +23,19 @@ import (
 // A config is the content of a configuration file: YAML, of which JSON is a part.
 // Its keys are those of the Handler's fields.
 type config struct {
-	Listen      string                `json:"listen"`    // address for http
-	ListenTLS   string                `json:"listenTLS"` // address for https; empty if there is to be none
-	Tenant      string                `json:"tenant"`
-	Lifetime    time.Duration         `json:"lifetime"`
-	Cache       imdsfake.Cache        `json:"cache"`
-	Limits      imdsfake.Limits       `json:"limits"`
-	Secret      string                `json:"secret"`
-	KeyDir      string                `json:"keyDir"`
-	Identities  []imdsfake.Identity   `json:"identities"`
-	Apps        []app                 `json:"apps"`
+	Listen     string              `json:"listen"`    // address for http
+	ListenTLS  string              `json:"listenTLS"` // address for https; empty if there is to be none
+	Tenant     string              `json:"tenant"`
+	Lifetime   time.Duration       `json:"lifetime"`
+	Cache      imdsfake.Cache      `json:"cache"`
+	Limits     imdsfake.Limits     `json:"limits"`
+	Secret     string              `json:"secret"`
+	KeyDir     string              `json:"keyDir"`
+	Identities []imdsfake.Identity `json:"identities"`
+	Apps       []app               `json:"apps"`
+
+	ServicePrincipals []servicePrincipal `json:"servicePrincipals"`
+
 	Assignments []imdsfake.Assignment `json:"assignments"`
 	Faults      []imdsfake.Fault      `json:"faults"`
 }
@@ -40,6 +45,13 @@ type config struct {
 type app struct {
 	imdsfake.App `yaml:",inline"`
 	Manifest     string `json:"manifest"`
+}
+
+// A servicePrincipal has its certificate in a file, in PEM. Its path is relative
+// to that of the configuration.
+type servicePrincipal struct {
+	imdsfake.ServicePrincipal `yaml:",inline"`
+	CertificateFile           string `json:"certificate"`
 }
 
 // readConfig reads a file, and says where in it a mistake is.
@@ -67,6 +79,11 @@ func parseConfig(data []byte, dir string) (*config, error) {
 			return nil, inFile(data, fmt.Errorf("apps[%d]: manifest: %w", i, err))
 		}
 	}
+	for i := range c.ServicePrincipals {
+		if err := c.ServicePrincipals[i].readCertificate(dir); err != nil {
+			return nil, inFile(data, fmt.Errorf("servicePrincipals[%d]: certificate: %w", i, err))
+		}
+	}
 	if err := c.handler().Check(); err != nil {
 		return nil, inFile(data, err)
 	}
@@ -85,16 +102,36 @@ func (a *app) readManifest(dir string) error {
 	case len(a.Roles) > 0:
 		return errors.New("the app has roles, too")
 	}
-	path := a.Manifest
-	if !filepath.IsAbs(path) {
-		path = filepath.Join(dir, path)
-	}
-	data, err := os.ReadFile(path)
+	data, err := os.ReadFile(within(dir, a.Manifest))
 	if err != nil {
 		return err
 	}
 	a.Roles, err = imdsfake.ParseManifest(data)
 	return err
+}
+
+func (sp *servicePrincipal) readCertificate(dir string) error {
+	if sp.CertificateFile == "" {
+		return nil
+	}
+	data, err := os.ReadFile(within(dir, sp.CertificateFile))
+	if err != nil {
+		return err
+	}
+	block, _ := pem.Decode(data)
+	if block == nil || block.Type != "CERTIFICATE" {
+		return errors.New("the file has no certificate in PEM")
+	}
+	sp.Certificate, err = x509.ParseCertificate(block.Bytes)
+	return err
+}
+
+// within returns a path that is relative to a directory.
+func within(dir, path string) string {
+	if filepath.IsAbs(path) {
+		return path
+	}
+	return filepath.Join(dir, path)
 }
 
 // handler returns what is to be served.
@@ -108,6 +145,9 @@ func (c *config) handler() *imdsfake.Handler {
 		Limits:      c.Limits,
 		Secret:      c.Secret,
 		KeyDir:      c.KeyDir,
+	}
+	for _, sp := range c.ServicePrincipals {
+		h.ServicePrincipals = append(h.ServicePrincipals, sp.ServicePrincipal)
 	}
 	for _, a := range c.Apps {
 		h.Apps = append(h.Apps, a.App)

@@ -160,7 +160,8 @@ func (c controls) assign(w http.ResponseWriter, r *http.Request) {
 // tryAssign asks a copy of the tenant first, since Assign panics where it cannot.
 func (c controls) tryAssign(assignments []imdsfake.Assignment) error {
 	d := c.Directory()
-	copied := &imdsfake.Handler{Tenant: d.Tenant, Identities: d.Identities, Apps: d.Apps, Assignments: assignments}
+	copied := &imdsfake.Handler{Tenant: d.Tenant, Identities: d.Identities, Apps: d.Apps,
+		ServicePrincipals: d.ServicePrincipals, Assignments: assignments}
 	if err := copied.Check(); err != nil {
 		return err
 	}
@@ -198,6 +199,7 @@ var hosts = []struct {
 	{"cloudshell", imdsfake.CloudShell},
 	{"arc", imdsfake.Arc},
 	{"servicefabric", imdsfake.ServiceFabric},
+	{"entra", imdsfake.Entra},
 }
 
 // env answers with the variables of a host, in lines for a shell.
@@ -217,7 +219,7 @@ func (c controls) env(w http.ResponseWriter, r *http.Request) {
 		}
 		return
 	}
-	refuse(w, http.StatusBadRequest, fmt.Errorf("host: %q is none of imds, appservice, azureml, cloudshell, arc, servicefabric", name))
+	refuse(w, http.StatusBadRequest, fmt.Errorf("host: %q is none of imds, appservice, azureml, cloudshell, arc, servicefabric, entra", name))
 }
 
 // variables returns those of a host, sorted, as NAME=value.

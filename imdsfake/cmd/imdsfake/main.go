@@ -201,10 +201,14 @@ func describe(out io.Writer, fake *imdsfake.Handler, listeners []net.Listener) {
 		}
 		fmt.Fprintf(out, "identity  %s, %s%s\n", id.Name, how, rolesOf(d, id))
 	}
+	for _, sp := range d.ServicePrincipals {
+		id := imdsfake.Identity{Name: sp.Name}
+		fmt.Fprintf(out, "principal %s, with the client ID %s%s\n", sp.Name, sp.ClientID, rolesOf(d, id))
+	}
 	fmt.Fprint(out, "\nClients find it in the place of a host with these variables:\n\n")
 	for _, h := range hosts {
 		at := base
-		if h.host == imdsfake.ServiceFabric {
+		if h.host == imdsfake.ServiceFabric || h.host == imdsfake.Entra {
 			if len(listeners) == 1 {
 				fmt.Fprintf(out, "  %-15s see -tls\n", h.host)
 				continue

@@ -162,13 +162,18 @@ func TestEndsWhileARequestHangs(t *testing.T) {
 func TestExample(t *testing.T) {
 	p := start(t, "-config", "testdata/imdsfake.yaml", "-tls", "127.0.0.1:0", "-cache", "none")
 	for _, want := range []string{"app       api://orders, which declares reader", "IDENTITY_HEADER=the-same-each-time",
-		"it has AppRoleAssignment.ReadWrite.All at https://graph.microsoft.com"} {
+		"it has AppRoleAssignment.ReadWrite.All at https://graph.microsoft.com",
+		"principal worker, with the client ID 50000000-0000-4000-8000-000000000001; it has consumer",
+		"AZURE_AUTHORITY_HOST=https://127.0.0.1:"} {
 		if !strings.Contains(p.said, want) {
 			t.Errorf("it does not say %q:\n%s", want, p.said)
 		}
 	}
 	if got := []int{p.token(), p.token()}; got[0] != 429 || got[1] != 200 {
 		t.Errorf("the faults are not those of the file: %v", got)
+	}
+	if _, page := p.do("GET", "/", ""); !strings.Contains(page, "worker") || strings.Contains(page, "not-a-secret") {
+		t.Error("the page has no service principal, or its secret")
 	}
 	text, err := os.ReadFile("testdata/imdsfake.yaml")
 	if err != nil {
@@ -235,6 +240,9 @@ func TestMistakesInFiles(t *testing.T) {
 		{"apps:\n- manifest: bad.json\n  roles: [{value: a}]", `2:13: apps[0]: manifest: the app has roles, too`},
 		{"apps:\n- uri: api://a\n  roles:\n  - value: a b\n    allowedMemberTypes: [User]", `4:10: apps[0]: roles[0]: value "a b" has a space`},
 		{"apps:\n- uri: api://a\nassignments:\n- {identity: x, resource: api://a}", `4:14: assignments[0]: identity: there is no identity "x"`},
+		{"servicePrincipals:\n- certificate: nowhere.pem", `2:16: servicePrincipals[0]: certificate: open`},
+		{"servicePrincipals:\n- certificate: bad.json", `2:16: servicePrincipals[0]: certificate: the file has no certificate`},
+		{"servicePrincipals:\n- name: host\nidentities:\n- name: host", `2:7: servicePrincipals[0]: "host" is that of another`},
 		{"faults:\n- status: 99", `2:11: faults[0]: status: 99`},
 		{"faults:\n- {failure: explode}", `2:13: faults[0]: failure: "explode"`},
 		{"faults:\n- {for: soon}", `2:9: for: "soon" is no duration`},

@@ -162,6 +162,9 @@ func (p page) data(now time.Time) pageData {
 	for _, id := range d.Identities {
 		names[id.ClientID] = id.Name
 	}
+	for _, sp := range d.ServicePrincipals {
+		names[sp.ClientID] = sp.Name
+	}
 	tokens := p.fake.Tokens()
 	tokens = tokens[max(0, len(tokens)-tokensShown):]
 	for _, t := range slices.Backward(tokens) {
