@@ -91,6 +91,7 @@ type entry struct {
 	next        instant    // when to ask next
 	timer       stopper    // wakes the entry; nil if it never slept
 	failures    int        // in a row
+	repeats     int        // answers in a row that brought nothing new
 	err         error      // of the last of them; nil if the last attempt was a success
 	lastSuccess time.Time
 	claims      string  // the claims challenge that was met last

@@ -108,5 +108,5 @@ func ExampleTokenSource_Status() {
 	w := httptest.NewRecorder()
 	health(w, nil)
 	fmt.Print(w.Code, " ", w.Body)
-	// Output: 503 {"state":"empty","source":"imds","failures":0,"survives_ns":0}
+	// Output: 503 {"state":"empty","source":"imds","failures":0,"repeats":0,"survives_ns":0}
 }

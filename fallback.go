@@ -4,19 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
-	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
-	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
-	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 )
 
-// This file is the other issuers: azidentity's credentials, and the choice
-// between IMDS and one of them on a host that may have no IMDS.
+// This file is the choice between IMDS and a fallback, on a host that may have no
+// IMDS.
 
 // ErrUnavailable reports that nothing answered: there is no metadata service, as
 // on a developer's machine (see [Credential.Fallback]), or it is out of reach. It
@@ -47,89 +42,6 @@ func (e *unavailableError) Error() string {
 func (e *unavailableError) Is(target error) bool { return target == ErrUnavailable }
 func (e *unavailableError) Unwrap() error        { return e.err }
 
-// delegate is the issuer that asks a credential of azidentity, or of any other
-// maker.
-type delegate struct {
-	credential azcore.TokenCredential
-}
-
-// source is the credential's kind: "ClientSecretCredential", say.
-func (d *delegate) source() string {
-	kind := fmt.Sprintf("%T", d.credential)
-	return kind[strings.LastIndex(kind, ".")+1:]
-}
-
-// issue asks the credential, which does its own retries. Those of azidentity
-// keep a cache of their own, for all of the process, and refresh a token just
-// before it expires. The one way past it is a demand for claims, so a renewal
-// makes the one that says nothing but "a token of now", in the form that a
-// service's own demand has (Microsoft: "Claims challenges, claims requests, and
-// client capabilities").
-//
-// A credential that takes no claims, as that of the Azure CLI, is asked without.
-// So is one that fails with them, but then only a newer token counts: the one in
-// its cache would hide an outage.
-func (d *delegate) issue(ctx context.Context, resource string, r round) (*token, error) {
-	claims := r.claims
-	if r.renew() && claims == "" && d.takesClaims() {
-		claims = fmt.Sprintf(`{"access_token":{"nbf":{"essential":true,"value":"%d"}}}`,
-			time.Now().Unix())
-	}
-	tok, err := d.ask(ctx, resource, claims)
-	if err != nil && claims != r.claims {
-		if plain, perr := d.ask(ctx, resource, ""); perr == nil && plain.expiry.After(r.held) {
-			return plain, nil
-		}
-	}
-	return tok, err
-}
-
-// takesClaims reports whether claims get past the credential's cache. Those that
-// run a program to get a token refuse them.
-func (d *delegate) takesClaims() bool {
-	switch d.credential.(type) {
-	case *azidentity.AzureCLICredential, *azidentity.AzureDeveloperCLICredential,
-		*azidentity.AzurePowerShellCredential:
-		return false
-	}
-	return true
-}
-
-// ask asks once.
-func (d *delegate) ask(ctx context.Context, resource, claims string) (*token, error) {
-	got, err := d.credential.GetToken(ctx, policy.TokenRequestOptions{
-		Scopes: []string{resource + "/.default"}, Claims: claims,
-	})
-	if err != nil {
-		return nil, d.refusal(err)
-	}
-	if err := checkToken(got.Token); err != nil {
-		return nil, fmt.Errorf("%s: %w", d.source(), err)
-	}
-	return &token{value: got.Token, expiry: got.ExpiresOn.Round(0)}, nil
-}
-
-// refusal returns a credential's error in a line of its own. azidentity prints
-// the whole response, which is many lines, and could hold a token if it was no
-// refusal at all.
-func (d *delegate) refusal(err error) error {
-	failed, ok := errors.AsType[*azidentity.AuthenticationFailedError](err)
-	if !ok || failed.RawResponse == nil {
-		return fmt.Errorf("%s: %w", d.source(), &oneLine{err})
-	}
-	resp := failed.RawResponse
-	if resp.StatusCode == http.StatusOK {
-		return fmt.Errorf("%s: the answer was no usable token", d.source())
-	}
-	return fmt.Errorf("%s: the token endpoint answered %w", d.source(), readError(resp))
-}
-
-// oneLine is an error with its text on one line, and a short one.
-type oneLine struct{ error }
-
-func (e *oneLine) Error() string { return printable(e.error.Error(), maxDescription) }
-func (e *oneLine) Unwrap() error { return e.error }
-
 // A contact is the issuer of a host that may have no metadata service: it finds
 // out at the first token. What it has found holds for good, since who a program
 // is must never change while it runs.
@@ -138,10 +50,13 @@ type contact struct {
 	fallback *delegate
 	chosen   atomic.Pointer[issuer]
 	turn     chan struct{} // held by the flight that is finding out
+
+	gone   *unavailableError // what the last of those has found; guarded by turn
+	asking atomic.Int64      // flights that are asking the fallback for the first token since
 }
 
 func newContact(m *imds, fallback azcore.TokenCredential) *contact {
-	return &contact{imds: m, fallback: &delegate{fallback}, turn: make(chan struct{}, 1)}
+	return &contact{imds: m, fallback: &delegate{credential: fallback}, turn: make(chan struct{}, 1)}
 }
 
 func (c *contact) source() string {
@@ -176,21 +91,28 @@ func (c *contact) issue(ctx context.Context, resource string, r round) (*token, 
 func (c *contact) first(
 	ctx context.Context, resource string, r round, release func(),
 ) (*token, error) {
-	tok, err := c.imds.reach(ctx, resource, r, func() {
-		c.settle(c.imds)
-		release() // the others know whom to ask now, and need not wait for this token
-	})
-	if c.chosen.Load() != nil {
-		return tok, err
-	}
-	gone, ok := errors.AsType[*unavailableError](err)
-	if !ok || gone.reached || ctx.Err() != nil {
-		return nil, err
-	}
-	tok, ferr := c.fallback.issue(ctx, resource, r)
-	if ferr != nil {
+	if c.asking.Load() == 0 {
+		tok, err := c.imds.reach(ctx, resource, r, func() {
+			c.settle(c.imds)
+			release() // the others know whom to ask now, and need not wait for this token
+		})
+		if c.chosen.Load() != nil {
+			return tok, err
+		}
+		gone, ok := errors.AsType[*unavailableError](err)
+		if !ok || gone.reached || ctx.Err() != nil {
+			return nil, err
+		}
 		gone.hint = ""
-		return nil, fmt.Errorf("%w; nor did the fallback give a token: %w", err, ferr)
+		c.gone = gone
+	}
+	gone := c.gone
+	c.asking.Add(1)
+	defer c.asking.Add(-1)
+	release() // the fallback may take its time: the others need not wait for this token, either
+	tok, err := c.fallback.issue(ctx, resource, r)
+	if err != nil {
+		return nil, fmt.Errorf("%w; nor did the fallback give a token: %w", gone, err)
 	}
 	c.settle(c.fallback)
 	return tok, nil

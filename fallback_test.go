@@ -8,6 +8,9 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/http/httptrace"
+	"os"
+	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -114,14 +117,14 @@ func TestCredentialsWithoutClaims(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if (&delegate{cli}).takesClaims() {
+	if (&delegate{credential: cli}).takesClaims() {
 		t.Error("the Azure CLI's credential takes claims")
 	}
 	_, err = cli.GetToken(t.Context(), policy.TokenRequestOptions{Scopes: []string{"r/.default"}, Claims: "{}"})
 	if err == nil || !strings.Contains(err.Error(), "claims") {
 		t.Errorf("it has learnt to: got %v", err)
 	}
-	if !(&delegate{&upstream{}}).takesClaims() {
+	if !(&delegate{credential: &upstream{}}).takesClaims() {
 		t.Error("others do not")
 	}
 }
@@ -457,4 +460,78 @@ func TestFallbackIsFoundOnce(t *testing.T) {
 			}
 		}
 	})
+}
+
+// While the fallback takes its time for one resource, it is asked for another, too,
+// and nobody looks for IMDS again: nobody is two people.
+func TestSlowFallbackHoldsUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		up := &deaf{resource: "stuck", release: make(chan struct{})}
+		var started atomic.Bool
+		cred := &Credential{Fallback: up, IMDSTransport: roundTripper(func(req *http.Request) (*http.Response, error) {
+			if started.Load() {
+				return respond(req, 200, validAnswer(req)), nil
+			}
+			return nil, syscall.ECONNREFUSED
+		})}
+		defer cred.Close()
+		first := make(chan error)
+		go func() {
+			_, err := cred.TokenSource("stuck").Token()
+			first <- err
+		}()
+		time.Sleep(time.Minute)
+		started.Store(true)
+		begin := time.Now()
+		tok, err := cred.TokenSource("other").Token()
+		if err != nil || !strings.HasPrefix(tok.AccessToken, "up") || time.Since(begin) > 0 {
+			t.Errorf("the other resource: %v after %v", err, time.Since(begin))
+		}
+		close(up.release)
+		if err := <-first; err != nil {
+			t.Error(err)
+		}
+		if got := cred.TokenSource("stuck").Status().Source; got != "deaf" {
+			t.Errorf("source is %s", got)
+		}
+	})
+}
+
+// A laptop with azidentity's default credential, and the Azure CLI logged in, has
+// its first token in seconds: that credential, too, looks for IMDS first.
+func TestLaptop(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("the Azure CLI of this test is a shell script")
+	}
+	setEnv(t, nil)
+	dir := t.TempDir()
+	az := `#!/bin/sh
+echo '{"accessToken": "of-az", "expiresOn": "2099-01-01 00:00:00.000000", "expires_on": 4070908800, "tokenType": "Bearer"}'
+`
+	if err := os.WriteFile(filepath.Join(dir, "az"), []byte(az), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	t.Setenv("AZURE_TENANT_ID", "")
+	silent := roundTripper(func(req *http.Request) (*http.Response, error) { // a network that drops what is for IMDS
+		<-req.Context().Done()
+		return nil, req.Context().Err()
+	})
+	options := &azidentity.DefaultAzureCredentialOptions{}
+	options.Transport = &http.Client{Transport: silent}
+	fallback, err := azidentity.NewDefaultAzureCredential(options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cred := &Credential{Fallback: fallback, IMDSTransport: silent}
+	defer cred.Close()
+	begin := time.Now()
+	tok, err := cred.TokenSource("https://myapp.aztoso.com").Token()
+	if err != nil || tok.AccessToken != "of-az" || time.Since(begin) > 15*time.Second {
+		t.Errorf("got %v after %v", err, time.Since(begin))
+	}
+	if got := cred.TokenSource("https://myapp.aztoso.com").Status().Source; got != "DefaultAzureCredential" {
+		t.Errorf("source is %s", got)
+	}
+	t.Logf("the first token took %v", time.Since(begin).Round(time.Millisecond))
 }

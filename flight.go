@@ -85,6 +85,9 @@ func (e *entry) fly(f *flight) {
 			return
 		}
 		stack := debug.Stack()
+		if r, ok := p.(*relayed); ok {
+			p, stack = r.value, r.stack
+		}
 		e.land(f, nil, panicError(p))
 		e.cache.logPanic(p, stack) // last: the logger may need a token itself
 	}()
@@ -170,7 +173,7 @@ func (e *entry) take(now instant, tok *token, claims string) (taken bool, err er
 		return false, nil
 	}
 	e.next = now.add(refreshDelay(remaining, lifetime, rand.Float64()))
-	e.claims = claims
+	e.claims, e.repeats = claims, 0
 	e.held = &held{
 		oauth2:    &oauth2.Token{AccessToken: tok.value, TokenType: "Bearer", Expiry: tok.expiry},
 		header:    "Bearer " + tok.value,
@@ -186,6 +189,7 @@ func (e *entry) take(now instant, tok *token, claims string) (taken bool, err er
 
 // probe puts off the next request, after an answer that brought nothing new.
 func (e *entry) probe(now instant) {
+	e.repeats++
 	soon := now.add(gap(e.held.lifetime))
 	if e.next = e.held.due; !soon.before(e.next) {
 		left := now.until(e.held.expires)

@@ -12,7 +12,7 @@ import (
 // token.
 type Event struct {
 	Resource string        // whom the token is for
-	Source   string        // who was asked: "imds", or the kind of the credential
+	Source   string        // who was asked: see Status.Source
 	Start    time.Time     // when the attempt began
 	Duration time.Duration // how long it took, retries and waiting included
 	Err      error         // why it failed; nil if it did not
@@ -29,7 +29,10 @@ type Status struct {
 	// whatever the other fields say.
 	State string `json:"state"`
 
-	// Source is who issues the tokens: "imds", or the kind of the credential.
+	// Source is who issues the tokens: "imds", or the service of another kind of
+	// host, which is one of "appservice", "azureml", "cloudshell", "azurearc",
+	// "servicefabric" and "workloadidentity", or the kind of the credential that
+	// is Upstream or Fallback.
 	Source string `json:"source"`
 
 	// Expiry and RefreshOn are when the token in hand expires and when its
@@ -46,6 +49,12 @@ type Status struct {
 	Failures  int    `json:"failures"`
 	LastError string `json:"last_error,omitempty"`
 
+	// Repeats counts the answers in a row that brought the token in hand again, or
+	// an older one. If it is not zero while State is "due", whoever issues tokens
+	// keeps them in a cache that nothing gets past, as IMDS may, and as the
+	// credential of the Azure CLI does: there is nothing to refresh early.
+	Repeats int `json:"repeats"`
+
 	// Survives is how long an outage of the issuer that began now would cost no
 	// caller an error. In JSON it is in nanoseconds.
 	Survives time.Duration `json:"survives_ns"`
@@ -61,6 +70,7 @@ func (e *entry) status() Status {
 		Source:      e.cache.issuer.source(),
 		LastSuccess: e.lastSuccess,
 		Failures:    e.failures,
+		Repeats:     e.repeats,
 	}
 	if e.err != nil {
 		s.LastError = e.err.Error()

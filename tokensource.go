@@ -46,6 +46,8 @@ package mitoken
 
 import (
 	"context"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -65,8 +67,11 @@ var ErrClosed = errors.New("the credential is closed")
 
 // A Credential is an identity, with a cache of its tokens.
 //
-// The zero value is ready to use: it is the managed identity of the host. A
-// Credential asks nobody for anything before its first token. It must not be
+// The zero value is ready to use: it is the managed identity of the host. What
+// kind of host that is, the first token finds out from the environment, for good:
+// App Service, Functions and Container Apps, Azure ML, Cloud Shell, Azure Arc and
+// Service Fabric as azidentity does, then a workload identity of AKS, and a virtual
+// machine otherwise. A Credential asks nobody for anything before that. It must not be
 // copied, nor its fields be changed, after its first use. Its methods are safe
 // for concurrent use.
 //
@@ -80,11 +85,10 @@ type Credential struct {
 	// the only one that is assigned.
 	ID azidentity.ManagedIDKind
 
-	// Upstream is asked for all tokens, in place of the host's metadata service,
-	// if it is not nil: a service principal with a secret or a certificate, for
-	// example, or azidentity's credential for a host that has another service, as
-	// App Service. Its tokens are kept and refreshed like others, as far as it
-	// lets go of those in a cache of its own. It must return when its context is done.
+	// Upstream is asked for all tokens, in place of this host, if it is not nil: a
+	// service principal with a secret or a certificate, for example. Its tokens are
+	// kept and refreshed like others, as far as it lets go of those in a cache of
+	// its own: see [Status].Repeats.
 	Upstream azcore.TokenCredential
 
 	// Fallback is asked if the host turns out to have no metadata service, as a
@@ -92,16 +96,18 @@ type Credential struct {
 	// the first request for a token. From its first token on it is asked for all
 	// of them; where the metadata service has answered once, it never is. If
 	// nil, such a host has no tokens, only [ErrUnavailable]. It is ignored if
-	// Upstream is set. It must return when its context is done.
+	// Upstream is set, and on hosts whose environment says what they are.
 	Fallback azcore.TokenCredential
 
 	// Endpoint is the base URL of the metadata service. It must be https, or
 	// http at a loopback or link-local address. If empty,
-	// "http://169.254.169.254" is used.
+	// "http://169.254.169.254" is used. If it is set, the host is taken for a
+	// virtual machine, whatever its environment says.
 	Endpoint string
 
 	// IMDSTransport makes the requests to the metadata service. If nil, one is
 	// used that takes no proxy, as the service demands, and keeps no connection.
+	// If it is set, the host is taken for a virtual machine, as with Endpoint.
 	IMDSTransport http.RoundTripper
 
 	// Logger gets a record when the first token is issued, when attempts begin
@@ -113,10 +119,11 @@ type Credential struct {
 	// use.
 	Observe func(Event)
 
-	clock clock // nil: systemClock
-	once  sync.Once
-	cache *cache // set by once
-	err   error  // of the fields; set by once
+	clock     clock              // nil: systemClock
+	transport policy.Transporter // of azidentity, on hosts that have no IMDS; nil but in tests
+	once      sync.Once
+	cache     *cache // set by once
+	err       error  // of the fields; set by once
 }
 
 var _ azcore.TokenCredential = (*Credential)(nil)
@@ -135,13 +142,16 @@ func (c *Credential) TokenSource(resource string) *TokenSource {
 // is [TokenSource.TokenContext] for the resource of the one scope in opts.
 //
 // Claims, which a service demands if it has had enough of a token, get a caller
-// past the cache once. A TenantID is ignored, as azidentity's managed identity
-// does: an identity has tokens of its own tenant only, and clients such as Key
-// Vault's name it each time.
+// past the cache once. A TenantID must be that of the identity, which has tokens
+// of no other: clients such as Key Vault's name it each time. Any other one is an
+// error.
 func (c *Credential) GetToken(
 	ctx context.Context, opts policy.TokenRequestOptions,
 ) (azcore.AccessToken, error) {
 	h, err := c.held(ctx, opts)
+	if err == nil && opts.TenantID != "" {
+		err = checkTenant(h.oauth2.AccessToken, opts.TenantID)
+	}
 	if err != nil {
 		return azcore.AccessToken{}, err
 	}
@@ -208,13 +218,39 @@ func (c *Credential) issuer() (issuer, error) {
 			return nil, errors.New("mitoken: Credential.ID selects a managed identity, " +
 				"which Credential.Upstream is asked in place of: set one of them")
 		}
-		return &delegate{c.Upstream}, nil
+		return &delegate{credential: c.Upstream}, nil
 	}
 	m, err := newIMDS(c.ID, c.Endpoint, c.IMDSTransport)
-	if err != nil || c.Fallback == nil {
-		return m, err
+	if err != nil {
+		return nil, err
 	}
-	return newContact(m, c.Fallback), nil
+	var imds issuer = m
+	if c.Fallback != nil {
+		imds = newContact(m, c.Fallback)
+	}
+	if c.Endpoint != "" || c.IMDSTransport != nil {
+		return imds, nil
+	}
+	return &host{id: c.ID, imds: imds, transport: c.transport}, nil
+}
+
+// checkTenant returns what is wrong with a token for a client that wants one of a
+// tenant. Of a token that nobody can read, all that can be said is nothing.
+func checkTenant(token, tenant string) error {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return nil
+	}
+	var claims struct {
+		TID string `json:"tid"`
+	}
+	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil || json.Unmarshal(payload, &claims) != nil || claims.TID == "" ||
+		strings.EqualFold(claims.TID, tenant) {
+		return nil
+	}
+	return fmt.Errorf("mitoken: a token of the tenant %q was asked for, and the identity is of the "+
+		"tenant %q: it has none of others", tenant, claims.TID)
 }
 
 // checkResource returns what is wrong with a resource.
