@@ -256,18 +256,20 @@ func readError(resp *http.Response) *ResponseError {
 		Error         json.RawMessage `json:"error"`
 		Description   string          `json:"error_description"`
 		CorrelationID string          `json:"correlation_id"`
+		Message       string          `json:"message"`
 	}
 	if json.Unmarshal(body, &answer) != nil {
 		return e
 	}
-	// Entra and IMDS: {"error": "code", "error_description": "..."}. Graph and
-	// the newer hosts: {"error": {"code": "...", "message": "..."}}.
+	// Entra and IMDS: {"error": "code", "error_description": "..."}. Graph, Cloud
+	// Shell and Service Fabric: {"error": {"code": "...", "message": "..."}}. App
+	// Service: {"statusCode": 400, "message": "..."}.
 	var nested struct{ Code, Message string }
 	if json.Unmarshal(answer.Error, &nested.Code) != nil {
 		_ = json.Unmarshal(answer.Error, &nested)
 	}
 	e.Code = printable(nested.Code, 64)
-	e.Description = printable(answer.Description+nested.Message, maxDescription)
+	e.Description = printable(answer.Description+nested.Message+answer.Message, maxDescription)
 	if answer.CorrelationID != "" {
 		e.CorrelationID = printable(answer.CorrelationID, 64)
 	}

@@ -1,9 +1,11 @@
 package mitoken
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"runtime/debug"
 	"strings"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore"
 	"github.com/Azure/azure-sdk-for-go/sdk/azcore/policy"
+	azruntime "github.com/Azure/azure-sdk-for-go/sdk/azcore/runtime"
 	"github.com/Azure/azure-sdk-for-go/sdk/azidentity"
 )
 
@@ -100,6 +103,9 @@ func (d *delegate) refusal(err error) error {
 	resp := failed.RawResponse
 	if resp.StatusCode == http.StatusOK {
 		return fmt.Errorf("%s: the answer was no usable token", d.source())
+	}
+	if body, err := azruntime.Payload(resp); err == nil { // MSAL has read it to the end
+		resp.Body = io.NopCloser(bytes.NewReader(body))
 	}
 	return fmt.Errorf("%s: the token endpoint answered %w", d.source(), readError(resp))
 }

@@ -364,6 +364,39 @@ func TestHostIsDetected(t *testing.T) {
 	}
 }
 
+// What a host says when it refuses is in the error, on one line.
+func TestHostsRefuse(t *testing.T) {
+	for _, tc := range hostTests {
+		for _, r := range []struct {
+			fault imdsfake.Fault
+			want  string
+		}{
+			{imdsfake.Fault{Times: 1, Latency: 1}, "The resource principal named"},
+			{imdsfake.Fault{Status: 429}, "429"},
+			{imdsfake.Fault{Failure: imdsfake.Reset}, "ManagedIdentityCredential: "},
+			{imdsfake.Fault{Status: 200, Body: "<html>"}, ""},
+		} {
+			t.Run(tc.source+" "+r.want, func(t *testing.T) {
+				fake := newHostFake()
+				fake.Apps = []imdsfake.App{{URI: "api://known"}}
+				setEnv(t, tc.env(t, fake))
+				synctest.Test(t, func(t *testing.T) {
+					transport, end := transportTo(fake, tc.source)
+					defer end()
+					cred := &Credential{transport: transport}
+					defer cred.Close()
+					fake.Inject(r.fault)
+					_, err := cred.TokenSource(newResource()).Token()
+					want := strings.Replace(r.want, "ManagedIdentity", map[bool]string{true: "WorkloadIdentity", false: "ManagedIdentity"}[tc.source == workloadName], 1)
+					if err == nil || !strings.Contains(err.Error(), tc.source+": ") || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+						t.Errorf("got %v, want %q in it", err, want)
+					}
+				})
+			})
+		}
+	}
+}
+
 // A host that cannot be used says why, each time, and asks nobody.
 func TestHostThatCannotBe(t *testing.T) {
 	setEnv(t, map[string]string{"IDENTITY_ENDPOINT": "http://127.0.0.1:1/", "IDENTITY_HEADER": "h",

@@ -32,7 +32,8 @@ type Status struct {
 	// Source is who issues the tokens: "imds", or the service of another kind of
 	// host, which is one of "appservice", "azureml", "cloudshell", "azurearc",
 	// "servicefabric" and "workloadidentity", or the kind of the credential that
-	// is Upstream or Fallback.
+	// is Upstream or Fallback; "none" on a host that cannot be used, of which
+	// LastError says why.
 	Source string `json:"source"`
 
 	// Expiry and RefreshOn are when the token in hand expires and when its

@@ -177,7 +177,8 @@ func (c *Credential) held(ctx context.Context, opts policy.TokenRequestOptions) 
 
 // Close ends all refreshes, and waits until requests that were under way have
 // been given up. After that there is no goroutine and no timer left, and no
-// token to be had: only [ErrClosed]. It does not wait for Observe. The error is
+// token to be had: only [ErrClosed]. It does not wait for Observe, nor for an
+// Upstream or a Fallback that goes on when its context is done. The error is
 // always nil. Closing again does nothing.
 func (c *Credential) Close() error {
 	c.once.Do(c.init)
