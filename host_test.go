@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -414,15 +416,45 @@ func TestHostThatCannotBe(t *testing.T) {
 	})
 }
 
-// The services of hosts are on the host: no proxy is asked for them.
+// The services of hosts are on the host: no proxy is asked for them, which azcore's
+// own transport would do. The processes of this test have an endpoint whose name no
+// resolver looks for, so that only a proxy could be asked for it.
 func TestHostsTakeNoProxy(t *testing.T) {
-	setEnv(t, newHostFake().Env(imdsfake.AppService, "http://169.254.130.1:1"))
-	var cred Credential
-	defer cred.Close()
-	h := cred.TokenSource("r").entry.cache.issuer.(*host)
-	h.once.Do(h.choose)
-	if h.err != nil || hostTransport.Proxy != nil {
-		t.Errorf("got %v; the proxy is set: %v", h.err, hostTransport.Proxy != nil)
+	const endpoint = "http://app..service/msi/token"
+	switch os.Getenv("MITOKEN_TEST_PROXY") {
+	case "ours":
+		var cred Credential
+		defer cred.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := cred.TokenSource("r").TokenContext(ctx); err == nil {
+			t.Error("there is a token")
+		}
+		return
+	case "azcore's":
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, _ = must(azidentity.NewManagedIdentityCredential(nil)).GetToken(ctx, tokenOptions{Scopes: []string{"r"}})
+		return
+	}
+	var asked atomic.Int64
+	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		w.Header().Set("Connection", "close") // azcore keeps its connections
+		w.WriteHeader(http.StatusForbidden)
+	}))
+	defer proxy.Close()
+	for whose, want := range map[string]bool{"ours": false, "azcore's": true} {
+		asked.Store(0)
+		cmd := exec.Command(os.Args[0], "-test.run=^TestHostsTakeNoProxy$")
+		cmd.Env = append(os.Environ(), "MITOKEN_TEST_PROXY="+whose, "HTTP_PROXY="+proxy.URL, "http_proxy="+proxy.URL,
+			"NO_PROXY=", "no_proxy=", "IDENTITY_ENDPOINT="+endpoint, "IDENTITY_HEADER=h", "IDENTITY_SERVER_THUMBPRINT=")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", whose, err, out)
+		}
+		if got := asked.Load() > 0; got != want {
+			t.Errorf("%s: the proxy was asked: %v, want %v", whose, got, want)
+		}
 	}
 }
 
