@@ -96,6 +96,7 @@ type entry struct {
 	lastSuccess time.Time
 	claims      string  // the claims challenge that was met last
 	force       instant // before which no challenge forces another flight
+	suspected   instant // before which no service that refuses the token forces one
 }
 
 // A view is a token and the deadline until which it can be handed out without a
@@ -229,6 +230,44 @@ func (e *entry) challenge(claims string) *flight {
 	}
 	e.force = now.add(gap(e.held.lifetime))
 	e.launch(now, round{held: e.held.expiry, claims: claims})
+	return e.flight
+}
+
+// suspicion is how often a service that refuses a token as invalid makes us ask
+// for another one: it may be the service that is wrong.
+const suspicion = 5 * time.Minute
+
+// replace returns the token to use in place of one that a service has refused, or
+// nil if there is none. It waits for a flight that may bring one, until ctx is done.
+func (e *entry) replace(ctx context.Context, header string) *held {
+	if f := e.suspect(header); f != nil && e.wait(ctx, f) != nil {
+		return nil
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed() || !e.valid(e.clock.now()) || e.held.header == header {
+		return nil
+	}
+	return e.held
+}
+
+// suspect returns the flight that may bring another token than the one that a
+// service has refused, or nil if there will be none, or is one already. The token
+// stays in hand: other services may take it, and this one tomorrow.
+func (e *entry) suspect(header string) *flight {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := e.clock.now()
+	switch {
+	case e.closed(), !e.valid(now), e.held.header != header:
+		return nil
+	case e.flight != nil:
+		return e.flight
+	case now.before(e.suspected):
+		return nil
+	}
+	e.suspected = now.add(suspicion)
+	e.launch(now, round{held: e.held.expiry, forced: true})
 	return e.flight
 }
 

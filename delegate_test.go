@@ -128,16 +128,19 @@ func TestAbruptCredential(t *testing.T) {
 		panics bool
 		want   string
 	}{{true, "invalid memory address"}, {false, "ended its goroutine"}} {
-		var log bytes.Buffer
-		cred := &Credential{Upstream: abrupt{tc.panics}, Logger: slog.New(slog.NewTextHandler(&log, nil))}
-		_, err := cred.TokenSource("r").Token()
-		if err == nil || !strings.Contains(err.Error(), tc.want) {
-			t.Errorf("got %v, want %s", err, tc.want)
-		}
-		cred.Close()
-		if tc.panics && !strings.Contains(log.String(), "abrupt.GetToken") {
-			t.Errorf("the log does not say where the panic was: %s", log.String())
-		}
+		synctest.Test(t, func(t *testing.T) {
+			var log bytes.Buffer
+			cred := &Credential{Upstream: abrupt{tc.panics}, Logger: slog.New(slog.NewTextHandler(&log, nil))}
+			defer cred.Close()
+			_, err := cred.TokenSource("r").Token()
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got %v, want %s", err, tc.want)
+			}
+			synctest.Wait() // for the log
+			if tc.panics && !strings.Contains(log.String(), "abrupt.GetToken") {
+				t.Errorf("the log does not say where the panic was: %s", log.String())
+			}
+		})
 	}
 }
 

@@ -32,6 +32,7 @@ type issuer interface {
 type round struct {
 	patient bool        // nobody has a token to use meanwhile: retry before giving up
 	held    time.Time   // when the token in hand expires, which is to be renewed; zero if none
+	forced  bool        // before its time, by a service that refuses the token in hand
 	claims  string      // what a service demanded of the token (a claims challenge), or empty
 	failed  func(error) // is told of each try that failed
 }
@@ -122,10 +123,10 @@ func (e *entry) settle(f *flight, tok *token, err error) report {
 		Duration: time.Duration(now.mono - f.begin.mono),
 	}}
 	if err == nil {
-		r.New, err = e.take(now, tok, f.round.claims)
+		r.New, err = e.take(now, tok, f.round)
 	}
 	if err != nil {
-		f.err = e.fail(now, err)
+		f.err = e.fail(now, f.round, err)
 		r.Err = f.err
 	} else {
 		e.failures, e.err = 0, nil
@@ -145,12 +146,12 @@ func (e *entry) settle(f *flight, tok *token, err error) report {
 // reports whether it has. IMDS answers from a cache of its own, so the same
 // token, or even an older one, is no error: there will be a newer one later. One
 // that was issued for a claims challenge need not be newer.
-func (e *entry) take(now instant, tok *token, claims string) (taken bool, err error) {
+func (e *entry) take(now instant, tok *token, r round) (taken bool, err error) {
 	remaining, lifetime := tok.lifespan(now)
 	same := e.held != nil && e.held.oauth2.AccessToken == tok.value
 	if same && e.valid(now) {
-		if claims != "" {
-			e.claims = claims // this is all the answer there is
+		if r.claims != "" {
+			e.claims = r.claims // this is all the answer there is
 		}
 		e.probe(now)
 		return false, nil
@@ -168,12 +169,13 @@ func (e *entry) take(now instant, tok *token, claims string) (taken bool, err er
 	case remaining < time.Second:
 		return false, errors.New("the token that has expired came again, and expires_on says " +
 			"that it has not: the clock was set back")
-	case e.valid(now) && !tok.expiry.After(e.held.expiry) && claims == "":
+	case e.valid(now) && r.claims == "" && !tok.expiry.After(e.held.expiry) &&
+		!(r.forced && tok.expiry.Equal(e.held.expiry)):
 		e.probe(now)
 		return false, nil
 	}
 	e.next = now.add(refreshDelay(remaining, lifetime, rand.Float64()))
-	e.claims, e.repeats = claims, 0
+	e.claims, e.repeats = r.claims, 0
 	e.held = &held{
 		oauth2:    &oauth2.Token{AccessToken: tok.value, TokenType: "Bearer", Expiry: tok.expiry},
 		header:    "Bearer " + tok.value,
@@ -199,14 +201,17 @@ func (e *entry) probe(now instant) {
 
 // fail counts a failure, which never touches the token in hand, and returns the
 // error that callers get until the next attempt.
-func (e *entry) fail(now instant, err error) error {
+func (e *entry) fail(now instant, r round, err error) error {
 	var after time.Duration
-	if r, ok := errors.AsType[*ResponseError](err); ok {
-		after = r.retryAfter
+	if refusal, ok := errors.AsType[*ResponseError](err); ok {
+		after = refusal.retryAfter
 	}
-	if e.held == nil {
+	switch {
+	case e.held == nil:
 		e.next = now.add(holdDelay(after, rand.Float64()))
-	} else {
+	case r.forced && now.before(e.held.due):
+		e.next = e.held.due // nothing is wrong but with one service
+	default:
 		left := now.until(e.held.expires)
 		e.next = now.add(retryDelay(e.failures, left, e.held.lifetime, after, rand.Float64()))
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/url"
@@ -41,6 +42,14 @@ type Transport struct {
 	// be an https URL then.
 	Origins []string
 
+	// PassUnauthorized leaves an answer of 401 to the caller, and that is all.
+	// Without it, one that says that the token is invalid (error="invalid_token",
+	// RFC 6750, section 3.1) has a [*TokenSource] ask for another token, once in
+	// five minutes at most. If one comes, and the body of the request can be sent
+	// again (see Request.GetBody), the request is sent once more, and its second
+	// answer is the one that counts. A token is kept whatever a service says of it.
+	PassUnauthorized bool
+
 	once    sync.Once
 	origins []origin               // set by once
 	err     error                  // of the fields; set by once
@@ -49,13 +58,17 @@ type Transport struct {
 
 // RoundTrip implements [http.RoundTripper]. It does not modify the request, and
 // closes its body whatever comes. The response is that of Base, whose Request is
-// req, without a token.
+// req, without a token. What a 401 leads to, PassUnauthorized says.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	bare, err := t.check(req)
 	if err == nil && !bare {
 		var header string
 		if header, err = t.header(req.Context()); err == nil {
-			return t.send(req, header)
+			resp, err := t.send(req, header)
+			if resp != nil && resp.StatusCode == http.StatusUnauthorized && !t.PassUnauthorized {
+				return t.retry(req, resp, header), nil
+			}
+			return resp, err
 		}
 	}
 	if err != nil {
@@ -136,6 +149,50 @@ func (t *Transport) send(req *http.Request, header string) (*http.Response, erro
 		resp.Request = req // without the token, for those who log it
 	}
 	return resp, err
+}
+
+// retry sends a request once more, if its token was refused and there is another
+// one, and returns the answer that counts.
+func (t *Transport) retry(req *http.Request, resp *http.Response, header string) *http.Response {
+	s, ok := t.Source.(*TokenSource)
+	if !ok || !refusesToken(resp.Header) {
+		return resp
+	}
+	again := *req
+	switch {
+	case req.Body == nil, req.Body == http.NoBody:
+	case req.GetBody == nil:
+		s.entry.suspect(header) // for the next one
+		return resp
+	}
+	h := s.entry.replace(req.Context(), header)
+	if h == nil {
+		return resp
+	}
+	if req.GetBody != nil {
+		body, err := req.GetBody()
+		if err != nil {
+			return resp
+		}
+		again.Body = body
+	}
+	second, err := t.send(&again, h.header)
+	if err != nil {
+		return resp // which is an answer, at least
+	}
+	// A connection whose body has been read to the end can be used again.
+	_, _ = io.CopyN(io.Discard, resp.Body, maxAnswer)
+	_ = resp.Body.Close()
+	second.Request = req
+	return second
+}
+
+// CloseIdleConnections closes those of Base. [http.Client.CloseIdleConnections]
+// calls it.
+func (t *Transport) CloseIdleConnections() {
+	if c, ok := t.base().(interface{ CloseIdleConnections() }); ok {
+		c.CloseIdleConnections()
+	}
 }
 
 // header returns the value of the Authorization header.
