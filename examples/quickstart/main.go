@@ -5,9 +5,9 @@
 //	go run ./examples/quickstart
 //
 // It needs no Azure: the tenant and its metadata service are package imdsfake.
-// The service is real: service.go checks each token as one in production must,
-// and can be copied. Whatever the output claims has been checked; if something
-// does not hold, the last line says what, and the exit code is 1.
+// The service is real: it checks each token as one in production must, with the
+// guard of examples/protectedservice. Whatever the output claims has been checked;
+// if something does not hold, the last line says what, and the exit code is 1.
 package main
 
 import (
@@ -93,7 +93,9 @@ func showClaims(s *site, r *report) error {
 
 // claims are some of those in a token of Entra.
 type claims struct {
-	caller
+	AppID    string   `json:"appid"`
+	ObjectID string   `json:"oid"`
+	Roles    []string `json:"roles"`
 	Audience string `json:"aud"`
 	Issuer   string `json:"iss"`
 	IssuedAt int64  `json:"iat"`
@@ -101,7 +103,7 @@ type claims struct {
 }
 
 // decode returns the claims of a token to show them. Clients should not decide
-// by them, and services must verify the token first: see service.go.
+// by them, and services must verify the token first: see package guard.
 func decode(token string) (claims, error) {
 	var c claims
 	parts := strings.Split(token, ".")

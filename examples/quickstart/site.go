@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	_ "embed"
 	"errors"
 	"fmt"
@@ -12,6 +11,7 @@ import (
 	"golang.org/x/oauth2"
 
 	"github.com/aztoso/mitoken"
+	"github.com/aztoso/mitoken/examples/protectedservice/guard"
 	"github.com/aztoso/mitoken/imdsfake"
 )
 
@@ -62,16 +62,23 @@ func newSite(lifetime time.Duration) (*site, error) {
 	}
 	s := &site{azure: azure, imds: imdsfake.NewServer(azure)}
 	s.origin = "http://" + listener.Addr().String()
-	g := newGuard(context.Background(), resource, tenant, azure.Issuer(),
-		s.imds.URL+"/"+tenant+"/discovery/keys")
-	s.service = &http.Server{Handler: g.require(role, greet), ReadHeaderTimeout: time.Minute}
+	g := &guard.Guard{
+		Tenant:    tenant,
+		Audiences: []string{resource},
+		KeysURL:   s.imds.URL + "/" + tenant + "/discovery/keys",
+	}
+	s.service = &http.Server{
+		Handler:           g.Require(guard.Role(role), http.HandlerFunc(greet)),
+		ReadHeaderTimeout: time.Minute,
+	}
 	go s.service.Serve(listener) // until close
 	return s, nil
 }
 
 // greet is what the service does for its callers.
-func greet(w http.ResponseWriter, _ *http.Request, c caller) {
-	fmt.Fprintf(w, "hello, %s", c.AppID)
+func greet(w http.ResponseWriter, r *http.Request) {
+	c, _ := guard.From(r.Context())
+	fmt.Fprintf(w, "hello, %s", c.ClientID)
 }
 
 func (s *site) close() {
