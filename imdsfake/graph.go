@@ -154,16 +154,16 @@ var filters = []struct {
 	form  *regexp.Regexp
 	match func(principal, string) bool
 }{
-	{regexp.MustCompile(`^appId eq '([^']*)'$`), func(sp principal, v string) bool {
+	{regexp.MustCompile(`^appId eq '((?:[^']|'')*)'$`), func(sp principal, v string) bool {
 		return strings.EqualFold(sp.appID(), v)
 	}},
-	{regexp.MustCompile(`^id eq '([^']*)'$`), func(sp principal, v string) bool {
+	{regexp.MustCompile(`^id eq '((?:[^']|'')*)'$`), func(sp principal, v string) bool {
 		return strings.EqualFold(sp.id(), v)
 	}},
-	{regexp.MustCompile(`^displayName eq '([^']*)'$`), func(sp principal, v string) bool {
+	{regexp.MustCompile(`^displayName eq '((?:[^']|'')*)'$`), func(sp principal, v string) bool {
 		return strings.EqualFold(sp.name(), v)
 	}},
-	{regexp.MustCompile(`^servicePrincipalNames/any\(\s*(?:\w+)\s*:\s*(?:\w+) eq '([^']*)'\s*\)$`),
+	{regexp.MustCompile(`^servicePrincipalNames/any\(\s*(?:\w+)\s*:\s*(?:\w+) eq '((?:[^']|'')*)'\s*\)$`),
 		func(sp principal, v string) bool { return slices.Contains(sp.names(), v) }},
 }
 
@@ -174,7 +174,8 @@ func (h *Handler) listPrincipals(c *call) answer {
 		match = nil
 		for _, f := range filters {
 			if v := f.form.FindStringSubmatch(filter); v != nil {
-				match = func(sp principal) bool { return f.match(sp, v[1]) }
+				value := strings.ReplaceAll(v[1], "''", "'") // OData's way to quote one
+				match = func(sp principal) bool { return f.match(sp, value) }
 			}
 		}
 		if match == nil {

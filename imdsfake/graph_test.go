@@ -192,8 +192,10 @@ func TestGraphRefuses(t *testing.T) {
 }
 
 func TestGraphFinds(t *testing.T) {
-	_, client := newGraph(t)
+	fake, client := newGraph(t)
+	fake.Apps = append(fake.Apps, imdsfake.App{URI: "api://o'clock"})
 	for path, want := range map[string]string{
+		"servicePrincipals?$filter=" + url.QueryEscape("servicePrincipalNames/any(n:n eq 'api://o''clock')"):                        "api://o'clock",
 		"servicePrincipals?$filter=" + url.QueryEscape("displayName eq 'Microsoft Graph'"):                                          "Microsoft Graph",
 		"servicePrincipals?$filter=" + url.QueryEscape("id eq '"+daemonObjectID+"'"):                                                "daemon",
 		"servicePrincipals(appId='00000003-0000-0000-c000-000000000000')":                                                           "Microsoft Graph",
@@ -209,8 +211,8 @@ func TestGraphFinds(t *testing.T) {
 			t.Errorf("%s: got %d %v, want %s", path, status, a, want)
 		}
 	}
-	if _, a := call(t, client, "GET", "servicePrincipals", ""); len(a["value"].([]any)) != 5 {
-		t.Errorf("%d service principals, want 3 identities and 2 apps", len(a["value"].([]any)))
+	if _, a := call(t, client, "GET", "servicePrincipals", ""); len(a["value"].([]any)) != 6 {
+		t.Errorf("%d service principals, want 3 identities and 3 apps", len(a["value"].([]any)))
 	}
 }
 
