@@ -96,10 +96,10 @@ type claims struct {
 	AppID    string   `json:"appid"`
 	ObjectID string   `json:"oid"`
 	Roles    []string `json:"roles"`
-	Audience string `json:"aud"`
-	Issuer   string `json:"iss"`
-	IssuedAt int64  `json:"iat"`
-	Expiry   int64  `json:"exp"`
+	Audience string   `json:"aud"`
+	Issuer   string   `json:"iss"`
+	IssuedAt int64    `json:"iat"`
+	Expiry   int64    `json:"exp"`
 }
 
 // decode returns the claims of a token to show them. Clients should not decide
