@@ -149,9 +149,9 @@ func (g *Guard) init() error {
 	}
 	switch {
 	case !guid.MatchString(g.Tenant):
-		return fmt.Errorf("Tenant is %q, not a GUID: which directory's tokens count?", g.Tenant)
+		return fmt.Errorf("the Tenant is %q, not a GUID: which directory's tokens count?", g.Tenant)
 	case len(g.Audiences) == 0 || slices.Contains(g.Audiences, ""):
-		return errors.New("Audiences: what is the service called in tokens?")
+		return errors.New("the Audiences are missing: what is the service called in tokens?")
 	}
 	if g.Issuers == nil {
 		g.Issuers = []string{

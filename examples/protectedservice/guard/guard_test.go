@@ -237,7 +237,7 @@ func TestRules(t *testing.T) {
 func TestNotSetUp(t *testing.T) {
 	for want, g := range map[string]*Guard{
 		"not a GUID": {Audiences: []string{"a"}}, `"common", not`: {Tenant: "common", Audiences: []string{"a"}},
-		"Audiences": {Tenant: tenant}, "Audiences:": {Tenant: tenant, Audiences: []string{""}},
+		"Audiences": {Tenant: tenant}, "Audiences are": {Tenant: tenant, Audiences: []string{""}},
 	} {
 		func() {
 			defer func() {
