@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -100,6 +101,9 @@ func managed(h imdsfake.Host) func(*testing.T, *imdsfake.Handler) map[string]str
 // arcKeyDir makes the one place where azidentity reads the keys of Azure Arc.
 func arcKeyDir(t *testing.T) {
 	t.Helper()
+	if runtime.GOOS != "linux" {
+		t.Skip("this is where Azure Arc has its keys on Linux")
+	}
 	const dir = "/var/opt/azcmagent/tokens"
 	for _, d := range []string{filepath.Dir(dir), dir} {
 		if os.Mkdir(d, 0o755) == nil {
