@@ -1,6 +1,7 @@
 package imdsfake
 
 import (
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -122,6 +123,9 @@ func (f Fault) Check() error {
 		return fmt.Errorf("status: %d is not between 200 and 999", f.Status)
 	case !slices.Contains(failures, f.Failure):
 		return fmt.Errorf("failure: %q is none of %q", f.Failure, failures[1:])
+	}
+	if _, err := json.Marshal(f.Fields); err != nil {
+		return fmt.Errorf("fields: %w", err)
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"slices"
 	"strings"
@@ -344,6 +345,7 @@ func TestFaultsThatMakeNoSense(t *testing.T) {
 		"drip: -1ns":         {Drip: -1},
 		"pad: -1":            {Pad: -1},
 		"status: 99":         {Status: 99},
+		"fields: json: uns":  {Fields: map[string]any{"a": math.NaN()}},
 		`failure: "explode"`: {Failure: "explode"},
 	} {
 		if err := f.Check(); err == nil || !strings.HasPrefix(err.Error(), want) {

@@ -242,6 +242,9 @@ const refused = "token_sha256_to_refresh"
 
 // isRefused tells whether a request names this token so.
 func (tok issuedToken) isRefused(c *call) bool {
+	if !c.query.has(refused) {
+		return false
+	}
 	sum := sha256.Sum256([]byte(tok.value))
-	return c.query.has(refused) && strings.EqualFold(c.query.get(refused), hex.EncodeToString(sum[:]))
+	return strings.EqualFold(c.query.get(refused), hex.EncodeToString(sum[:]))
 }
