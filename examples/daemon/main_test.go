@@ -39,19 +39,20 @@ func TestDaemon(t *testing.T) {
 		w.Close()
 	}()
 	lines := bufio.NewScanner(logs)
-	said := func(msg string) (record map[string]any) {
+	records := map[any]map[string]any{}
+	said := func(msg string) map[string]any { // in whatever order
 		t.Helper()
-		for lines.Scan() {
-			record = nil
+		for records[msg] == nil {
+			if !lines.Scan() {
+				t.Fatalf("the log ends without %q", msg)
+			}
+			var record map[string]any
 			if err := json.Unmarshal(lines.Bytes(), &record); err != nil {
 				t.Fatalf("%v: %s", err, lines.Text())
 			}
-			if record["msg"] == msg {
-				return record
-			}
+			records[record["msg"]] = record
 		}
-		t.Fatalf("the log ends without %q", msg)
-		return nil
+		return records[msg]
 	}
 	url := said("started")["health"].(string)
 	if got := said("mitoken: tokens are issued"); got["source"] != "imds" || got["resource"] != "api://orders" {
