@@ -238,6 +238,19 @@ func TestCanary(t *testing.T) {
 		{Status: 500, Body: secret}, {Status: 503, Body: `{"access_token":"` + secret + `"}`},
 		{Failure: imdsfake.Refuse}, {Failure: imdsfake.Reset}, {Failure: imdsfake.Hang},
 	}
+	for _, format := range []string{ // an answer that is nearly one
+		`{"access_token":"%s x","expires_on":"%d"}`,
+		`{"access_token":"a","Access_Token":"%s","expires_on":"%d"}`,
+		`{"access_token":"a","%s":"%d","%[1]s":""}`,
+		`{"access_token":"%s","expires_on":"%d"`,
+		`{"access_token":"%s","expires_on":"%d"} x`,
+		`["%s", %d]`,
+		`{"access_token":"a","expires_on":"%s%d"}`,
+		`{"access_token":"%s","expires_on":"1%d"}`,
+		`{"access_token":"%s","expires_on":"%d","token_type":"%[1]s"}`,
+	} {
+		faults = append(faults, imdsfake.Fault{Status: 200, Body: fmt.Sprintf(format, secret, 946684800+5*86400)})
+	}
 	for i, fault := range faults {
 		for _, has := range []bool{false, true} { // a good token already
 			t.Run(fmt.Sprint(i, " ", has), func(t *testing.T) {
@@ -267,7 +280,8 @@ func TestCanary(t *testing.T) {
 						resp, err := client.Get("https://x.example/")
 						c.hear(err)
 						if err == nil {
-							c.hear(resp.Request.Header)
+							c.hear(resp)
+							c.hear(resp.Request)
 							resp.Body.Close()
 						}
 						_, err = cred.GetToken(t.Context(), policy.TokenRequestOptions{Scopes: []string{"https://x.example/.default"},

@@ -2,12 +2,8 @@ package mitoken_test
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -368,100 +364,4 @@ func TestReuseTokenSourceDisarmsTheRefresh(t *testing.T) {
 			t.Error("the source itself has not let go of it")
 		}
 	})
-}
-
-// TestNoTokenIsShown collects all that the package says while things go wrong
-// with a marked token, and looks for the mark.
-func TestNoTokenIsShown(t *testing.T) {
-	const mark = "MARKm4rk"
-	fault := func(status int, format string) imdsfake.Fault {
-		return imdsfake.Fault{Status: status, Body: fmt.Sprintf(format, mark, time.Now().Add(5*day).Unix())}
-	}
-	var said transcript
-	say := func(values ...any) {
-		for _, v := range values {
-			fmt.Fprintf(&said, "%v\n%+v\n%#v\n", v, v, v)
-			for err, _ := v.(error); err != nil; err = errors.Unwrap(err) {
-				fmt.Fprintf(&said, "%s\n%q\n%x\n%+v\n", err, err, err, err)
-			}
-		}
-	}
-	misfortune := func(t *testing.T, status int, format string) {
-		fake := newFake()
-		cred := &mitoken.Credential{
-			IMDSTransport: fake,
-			Logger:        slog.New(slog.NewTextHandler(&said, &slog.HandlerOptions{Level: slog.LevelDebug})),
-			Observe:       func(ev mitoken.Event) { say(ev, ev.Err) },
-		}
-		defer cred.Close()
-		src := cred.TokenSource(resource)
-		transport := &mitoken.Transport{Source: src, Base: echo{}}
-		fake.Inject(imdsfake.Fault{Times: 1, Status: 200, Body: fmt.Sprintf(
-			`{"access_token":"%s","expires_on":"%d"}`, mark, time.Now().Add(day).Unix())})
-		tok, err := src.Token()
-		if err != nil || tok.AccessToken != mark {
-			t.Fatalf("the marked token was not issued: %v", err)
-		}
-		fake.Inject(fault(status, format))
-		for range 3 { // while the token is fresh, due and expired
-			req, _ := http.NewRequest("GET", resource, nil)
-			resp, err := transport.RoundTrip(req)
-			synctest.Wait()
-			status := src.Status()
-			say(err, req, resp, transport, src, status, cred)
-			if err := json.NewEncoder(&said).Encode(status); err != nil {
-				t.Fatal(err)
-			}
-			time.Sleep(13 * time.Hour)
-		}
-		if _, err := src.Token(); err == nil {
-			t.Fatal("nothing has gone wrong")
-		}
-	}
-	for _, format := range []string{
-		`{"access_token":"%s x","expires_on":"%d"}`,
-		`{"access_token":"a","Access_Token":"%s","expires_on":"%d"}`,
-		`{"access_token":"a","%s":"%d","%[1]s":""}`,
-		`{"access_token":"%s","expires_on":"%d"`,
-		`{"access_token":"%s","expires_on":"%d"} x`,
-		`%s`,
-		`["%s"]`,
-		`{"access_token":["%s"],"expires_on":"%d"}`,
-		`{"access_token":"a","expires_on":"%s"}`,
-		`{"access_token":"%s","expires_on":"1"}`,
-		`{"access_token":"%s","expires_on":"%d","token_type":"%[1]s"}`,
-	} {
-		synctest.Test(t, func(t *testing.T) { misfortune(t, 200, format) })
-	}
-	synctest.Test(t, func(t *testing.T) { misfortune(t, 400, `{"access_token":"%s"}`) })
-	synctest.Test(t, func(t *testing.T) { misfortune(t, 503, `%s`) })
-	text := said.text.String()
-	for _, secret := range []string{mark, base64.StdEncoding.EncodeToString([]byte(mark)),
-		hex.EncodeToString([]byte(mark)), strings.ToUpper(hex.EncodeToString([]byte(mark)))} {
-		if i := strings.Index(text, secret); i >= 0 {
-			t.Errorf("the token is shown: %s...", text[max(0, i-300):i])
-		}
-	}
-	if !strings.Contains(text, "access_token has characters") || !strings.Contains(text, "503 Service Unavailable") {
-		t.Error("this test sees nothing")
-	}
-}
-
-// A transcript is a writer for many.
-type transcript struct {
-	mu   sync.Mutex
-	text strings.Builder
-}
-
-func (t *transcript) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.text.Write(p)
-}
-
-// echo is a service that answers with the request that it got.
-type echo struct{}
-
-func (echo) RoundTrip(req *http.Request) (*http.Response, error) {
-	return &http.Response{StatusCode: 200, Header: http.Header{}, Body: http.NoBody, Request: req}, nil
 }
