@@ -28,6 +28,7 @@ type cache struct {
 	flights sync.WaitGroup
 
 	entries atomic.Pointer[map[string]*entry] // copied on write, so that reads take no lock
+	first   atomic.Pointer[entry]             // of them
 	mu      sync.Mutex                        // guards writes of entries
 	named   atomic.Bool                       // the source has been logged
 }
@@ -50,8 +51,9 @@ func (c *cache) add(resource string) *entry {
 		return e
 	}
 	entries := maps.Clone(*c.entries.Load())
-	e := &entry{cache: c, clock: c.clock, resource: resource}
+	e := &entry{cache: c, clock: c.clock, resource: resource, scope: resource + "/.default"}
 	entries[resource] = e
+	c.first.CompareAndSwap(nil, e)
 	c.entries.Store(&entries)
 	return e
 }
@@ -80,6 +82,7 @@ type entry struct {
 	cache    *cache
 	clock    clock
 	resource string
+	scope    string // what the Azure SDK calls it
 
 	// view is what callers get without looking further. It is all that most
 	// calls touch.

@@ -165,7 +165,7 @@ func (c *Credential) held(ctx context.Context, opts policy.TokenRequestOptions) 
 	if len(opts.Scopes) != 1 {
 		return nil, fmt.Errorf("mitoken: a token has one scope, not %d", len(opts.Scopes))
 	}
-	e, err := c.entry(strings.TrimSuffix(opts.Scopes[0], "/.default"))
+	e, err := c.scoped(opts.Scopes[0])
 	if err != nil {
 		return nil, err
 	}
@@ -184,6 +184,16 @@ func (c *Credential) Close() error {
 	c.once.Do(c.init)
 	c.cache.close()
 	return nil
+}
+
+// scoped is entry for the resource of a scope. Most programs have but one, and
+// need not look it up.
+func (c *Credential) scoped(scope string) (*entry, error) {
+	c.once.Do(c.init)
+	if e := c.cache.first.Load(); e != nil && e.scope == scope {
+		return e, nil
+	}
+	return c.entry(strings.TrimSuffix(scope, "/.default"))
 }
 
 // entry returns the cache's entry for a resource, or what is wrong with it or
