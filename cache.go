@@ -125,10 +125,11 @@ type held struct {
 // get returns a token that is valid now. It waits for one only where there is
 // none, until ctx is done.
 func (e *entry) get(ctx context.Context) (*held, error) {
-	if v := e.view.Load(); v != nil && e.clock.now().before(v.until) {
-		return v.held, nil
-	}
 	for {
+		// Thousands may come here at once when a first token has come.
+		if v := e.view.Load(); v != nil && e.clock.now().before(v.until) {
+			return v.held, nil
+		}
 		h, f, err := e.step()
 		if f == nil {
 			return h, err

@@ -121,7 +121,7 @@ func arcKeyDir(t *testing.T) {
 // workloadEnv is what the webhook of AKS sets, with a token of Kubernetes.
 func workloadEnv(t *testing.T, fake *imdsfake.Handler) map[string]string {
 	t.Helper()
-	token, err := jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{"sub": worker}).SignedString([]byte("cluster"))
+	token, err := jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{"sub": worker, "aud": "api://AzureADTokenExchange", "exp": 4_000_000_000}).SignedString([]byte("cluster"))
 	if err != nil {
 		t.Fatal(err)
 	}

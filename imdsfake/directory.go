@@ -58,7 +58,7 @@ func newTenant(h *Handler) (tenant, error) {
 			return t, fmt.Errorf("apps[%d]: %w", i, err)
 		}
 	}
-	if _, ok := t.app(graphApp.URI); !ok || t.open {
+	if !slices.ContainsFunc(t.apps, func(a *App) bool { return a.is(graphApp.URI) || a.is(graphApp.ClientID) }) {
 		if err := t.addApp(graphApp); err != nil {
 			return t, err
 		}
@@ -110,6 +110,8 @@ func (t *tenant) checkIdentity(i int) error {
 			return fmt.Errorf("clientId: %s is that of %q, too", id.ClientID, other.Name)
 		case strings.EqualFold(id.ObjectID, other.ObjectID):
 			return fmt.Errorf("objectId: %s is that of %q, too", id.ObjectID, other.Name)
+		case strings.EqualFold(id.ResourceID, other.ResourceID):
+			return fmt.Errorf("resourceId: %s is that of %q, too", id.ResourceID, other.Name)
 		}
 	}
 	return nil
@@ -139,8 +141,16 @@ func (t *tenant) addApp(a App) error {
 		return fmt.Errorf("lifetime: %v is less than a second", a.Lifetime)
 	case a.TokenVersion < 0 || a.TokenVersion > 2:
 		return fmt.Errorf("tokenVersion: %d is neither 1 nor 2", a.TokenVersion)
-	case slices.ContainsFunc(t.apps, func(b *App) bool { return b.is(a.URI) || b.is(a.ClientID) }):
-		return fmt.Errorf("uri: %s is that of another app, too", a.URI)
+	}
+	for _, b := range t.apps {
+		switch {
+		case b.is(a.URI):
+			return fmt.Errorf("uri: %s is that of another app, too", a.URI)
+		case b.is(a.ClientID):
+			return fmt.Errorf("clientId: %s is that of %s, too", a.ClientID, b.URI)
+		case strings.EqualFold(b.ObjectID, a.ObjectID):
+			return fmt.Errorf("objectId: %s is that of %s, too", a.ObjectID, b.URI)
+		}
 	}
 	t.apps = append(t.apps, &a)
 	return nil
@@ -204,8 +214,8 @@ func (id Identity) is(name string) bool {
 
 // is tells whether a resource names an app.
 func (a *App) is(resource string) bool {
-	return strings.TrimSuffix(a.URI, "/") == strings.TrimSuffix(resource, "/") ||
-		strings.EqualFold(a.ClientID, resource)
+	return resource != "" && (strings.TrimSuffix(a.URI, "/") == strings.TrimSuffix(resource, "/") ||
+		strings.EqualFold(a.ClientID, resource))
 }
 
 // name is what an app is called in texts.

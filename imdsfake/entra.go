@@ -61,7 +61,7 @@ func selfSigned(template *x509.Certificate, public, private any) []byte {
 	return certificate
 }
 
-// published returns the keys that are, the one that signs first.
+// publishedKeys returns the keys that are, the one that signs first.
 func (h *Handler) publishedKeys() []*signingKey {
 	h.mu.Lock()
 	keys := h.keys
@@ -76,9 +76,12 @@ func (h *Handler) publishedKeys() []*signingKey {
 // stays published, so that tokens of it can be verified; the one before that does
 // not.
 func (h *Handler) RotateKey() {
-	before, next := h.publishedKeys()[0], newSigningKey()
+	before, next := processKey(), newSigningKey()
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if h.keys != nil {
+		before = h.keys[0]
+	}
 	h.keys = []*signingKey{next, before}
 }
 
@@ -152,6 +155,12 @@ func (h *Handler) published(c *call) answer {
 	if tenant != h.tenant.id && tenant != "common" && tenant != "organizations" {
 		path = ""
 	}
+	if path == strings.TrimPrefix(entraPath, "/") {
+		return refusal(c, invalid("AADSTS50059: No tenant-identifying information found; the tenant here is %s", h.tenant.id))
+	}
+	if c.Method != http.MethodGet && c.Method != http.MethodHead {
+		return refusal(c, &problem{status: 405, code: "method_not_allowed", text: "Only GET is supported"})
+	}
 	c.entry.Reason = "as published"
 	switch path {
 	case ".well-known/openid-configuration":
@@ -164,9 +173,6 @@ func (h *Handler) published(c *call) answer {
 		return h.keySet(h.tenant.issuer())
 	case "discovery/v2.0/keys":
 		return h.keySet(h.tenant.issuerV2())
-	}
-	if path == strings.TrimPrefix(entraPath, "/") {
-		return refusal(c, invalid("AADSTS50059: No tenant-identifying information found; the tenant here is %s", h.tenant.id))
 	}
 	return refusal(c, &problem{status: 404, code: "not_found", text: "There is nothing at " + c.URL.Path})
 }

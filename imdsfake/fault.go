@@ -2,8 +2,11 @@ package imdsfake
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"net/http"
 	"slices"
 	"time"
 )
@@ -85,7 +88,9 @@ const (
 	// connection reset.
 	Refuse Failure = "refuse"
 
-	// Reset: the connection is reset before there is an answer.
+	// Reset: the connection is reset before there is an answer. A client other than
+	// [Server.Client] may send a request again by itself if its connection was a
+	// kept one: net/http does.
 	Reset Failure = "reset"
 
 	// ResetBody: the connection is reset in the middle of the body.
@@ -97,6 +102,8 @@ const (
 	// Hang: there is no answer, until the client gives up or the Server is
 	// closed.
 	Hang Failure = "hang"
+
+	left Failure = "left" // the client has
 )
 
 var failures = []Failure{"", Refuse, Reset, ResetBody, Truncate, Hang}
@@ -121,13 +128,26 @@ func (f Fault) Check() error {
 		return fmt.Errorf("pad: %d is not between 0 and 1 GiB", f.Pad)
 	case f.Status != 0 && (f.Status < 200 || f.Status > 999):
 		return fmt.Errorf("status: %d is not between 200 and 999", f.Status)
+	case f.idle():
+		return errors.New("it has no effect: neither latency, status, body, header, fields nor failure")
 	case !slices.Contains(failures, f.Failure):
 		return fmt.Errorf("failure: %q is none of %q", f.Failure, failures[1:])
+	}
+	for name := range f.Header {
+		switch http.CanonicalHeaderKey(name) {
+		case "Content-Length", "Transfer-Encoding":
+			return fmt.Errorf("header: %s is the connection's own: see truncate and pad", name)
+		}
 	}
 	if _, err := json.Marshal(f.Fields); err != nil {
 		return fmt.Errorf("fields: %w", err)
 	}
 	return nil
+}
+
+// idle tells whether a fault does nothing, but keep others from befalling.
+func (f Fault) idle() bool {
+	return f.Status == 0 && f.Latency == 0 && f.Jitter == 0 && f.Drip == 0 && f.Failure == "" && !f.garbles()
 }
 
 // Inject adds faults to the script. The first one that is for a request, and has
@@ -142,6 +162,7 @@ func (h *Handler) Inject(faults ...Fault) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, f := range faults {
+		f.Fields, f.Header = maps.Clone(f.Fields), maps.Clone(f.Header)
 		s := &scripted{Fault: f, left: f.Times}
 		if f.For > 0 {
 			s.end = time.Now().Add(f.For)
@@ -167,6 +188,7 @@ func (h *Handler) Faults() []Fault {
 	var faults []Fault
 	for _, s := range h.faults {
 		f := s.Fault
+		f.Fields, f.Header = maps.Clone(f.Fields), maps.Clone(f.Header)
 		f.Times = s.left
 		if f.For > 0 {
 			f.For = s.end.Sub(now)
@@ -190,16 +212,41 @@ type scripted struct {
 	end  time.Time // zero if it has none
 }
 
+// A draw is a fault that a request of [Server.Client] has drawn on its way.
+type draw struct {
+	fault Fault
+	from  *scripted // nil if there is none
+	seen  bool      // the request has arrived, guarded by Handler.mu
+}
+
+// drawn returns the fault of a request, which it may have drawn on its way. If
+// net/http sends it again, because its connection was reset, it is the same one.
+func (h *Handler) drawn(c *call) Fault {
+	d, ok := h.drawns.Load(c.Header.Get(ticketHeader))
+	if !ok {
+		f, _ := h.draw(c)
+		return f
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	c.again, d.(*draw).seen = d.(*draw).seen, true
+	return d.(*draw).fault
+}
+
+// putBack has a fault that a request has drawn befall another one.
+func (h *Handler) putBack(c *call) {
+	if d, ok := h.drawns.Load(c.Header.Get(ticketHeader)); ok && d.(*draw).from != nil {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		d.(*draw).from.left++
+	}
+}
+
 // draw returns the fault that befalls a request, and counts it; the zero Fault if
 // there is none.
-func (h *Handler) draw(c *call) Fault {
-	if ticket := c.Header.Get(ticketHeader); ticket != "" {
-		if f, ok := h.drawn.LoadAndDelete(ticket); ok {
-			return f.(Fault)
-		}
-	}
+func (h *Handler) draw(c *call) (Fault, *scripted) {
 	if c.entry.Host == "" {
-		return Fault{}
+		return Fault{}, nil
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -211,9 +258,9 @@ func (h *Handler) draw(c *call) Fault {
 		if s.Times > 0 {
 			s.left--
 		}
-		return s.Fault
+		return s.Fault, s
 	}
-	return Fault{}
+	return Fault{}, nil
 }
 
 // isFor tells whether a fault is for the resource and the identity of a request.

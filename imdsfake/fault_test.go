@@ -337,16 +337,18 @@ func TestFaultsLeft(t *testing.T) {
 
 func TestFaultsThatMakeNoSense(t *testing.T) {
 	for want, f := range map[string]imdsfake.Fault{
-		"times: -1":          {Times: -1},
-		"for: -1ns":          {For: -1},
-		"probability: 1.5":   {Probability: 1.5},
-		"latency: -1ns":      {Latency: -1},
-		"jitter: -1ns":       {Jitter: -1},
-		"drip: -1ns":         {Drip: -1},
-		"pad: -1":            {Pad: -1},
-		"status: 99":         {Status: 99},
-		"fields: json: uns":  {Fields: map[string]any{"a": math.NaN()}},
-		`failure: "explode"`: {Failure: "explode"},
+		"times: -1":           {Times: -1},
+		"for: -1ns":           {For: -1},
+		"probability: 1.5":    {Probability: 1.5},
+		"latency: -1ns":       {Latency: -1},
+		"jitter: -1ns":        {Jitter: -1},
+		"drip: -1ns":          {Drip: -1},
+		"pad: -1":             {Pad: -1},
+		"status: 99":          {Status: 99},
+		"fields: json: uns":   {Fields: map[string]any{"a": math.NaN()}},
+		"it has no effect":    {Times: 1},
+		"header: content-len": {Header: map[string]string{"content-length": "1"}},
+		`failure: "explode"`:  {Failure: "explode"},
 	} {
 		if err := f.Check(); err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("got %v, want %s", err, want)
@@ -359,5 +361,108 @@ func TestFaultsThatMakeNoSense(t *testing.T) {
 			}()
 			new(imdsfake.Handler).Inject(imdsfake.Fault{Status: 503}, f)
 		}()
+	}
+}
+
+// A fault for a resource is for requests that name it, also where every resource is
+// known.
+func TestResourceScopeOfAnOpenTenant(t *testing.T) {
+	fake := new(imdsfake.Handler)
+	fake.Inject(imdsfake.Fault{Status: 503, Resource: "api://a"})
+	for query, want := range map[string]int{"&resource=api://a": 503, "&resource=api://b": 200, "": 400} {
+		if resp, _ := get(t, fake, "api-version=2018-02-01"+query); resp.StatusCode != want {
+			t.Errorf("%q: got %s, want %d", query, resp.Status, want)
+		}
+	}
+}
+
+// A connection that is reset is that, be it a kept one: net/http sends the request
+// again by itself, and meets the same fault. It is one request in the journal.
+func TestResetOfAKeptConnection(t *testing.T) {
+	srv := imdsfake.NewServer(nil)
+	defer srv.Close()
+	get(t, srv.Client().Transport, plain)
+	srv.Handler.Inject(imdsfake.Fault{Failure: imdsfake.Reset, Times: 1})
+	if resp, err := srv.Client().Transport.RoundTrip(newRequest(plain)); err == nil {
+		resp.Body.Close()
+		t.Errorf("got %s", resp.Status)
+	}
+	if got := srv.Handler.Requests(); len(got) != 2 || got[1].Error != "reset" {
+		t.Errorf("the journal has %+v", got)
+	}
+	get(t, srv.Client().Transport, plain)
+}
+
+// A request that is one too many has no fault: the next one has it.
+func TestLimitsComeBeforeFaults(t *testing.T) {
+	srv := imdsfake.NewServer(&imdsfake.Handler{Limits: imdsfake.Limits{AtOnce: 1}})
+	defer srv.Close()
+	hanging, cancel := context.WithCancel(t.Context())
+	srv.Handler.Inject(imdsfake.Fault{Failure: imdsfake.Hang, Times: 1}, imdsfake.Fault{Status: 410, Times: 1})
+	left := make(chan bool)
+	go func() {
+		defer close(left)
+		_, _ = srv.Client().Transport.RoundTrip(newRequest(plain).WithContext(hanging))
+	}()
+	if _, err := srv.Handler.WaitFor(t.Context(), 1, nil); err != nil {
+		t.Fatal(err)
+	}
+	for _, rt := range []http.RoundTripper{srv.Handler, srv.Client().Transport} {
+		if resp, _ := get(t, rt, plain); resp.StatusCode != 429 {
+			t.Errorf("one too many: %s", resp.Status)
+		}
+	}
+	if got := srv.Handler.Faults(); len(got) != 1 || got[0].Status != 410 || got[0].Times != 1 {
+		t.Errorf("left are %v", got)
+	}
+	cancel()
+	<-left
+}
+
+// In memory and on a port, the same comes of it.
+func TestMemoryAndPortAgree(t *testing.T) {
+	srv := imdsfake.NewServer(nil)
+	defer srv.Close()
+	for _, tc := range []struct {
+		name   string
+		method string
+		fault  imdsfake.Fault
+		body   string
+		fails  bool
+	}{
+		{"more than there is", "GET", imdsfake.Fault{Body: "abc", Failure: imdsfake.Truncate, After: 100}, "ab", true},
+		{"HEAD", "HEAD", imdsfake.Fault{Status: 503}, "", false},
+		{"no content", "GET", imdsfake.Fault{Status: 204}, "", false},
+	} {
+		for name, rt := range map[string]http.RoundTripper{"in memory": srv.Handler, "on a port": srv.Client().Transport} {
+			srv.Handler.Clear()
+			srv.Handler.Inject(tc.fault)
+			req := newRequest(plain)
+			req.Method = tc.method
+			resp, err := rt.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(resp.Body)
+			resp.Body.Close()
+			if string(body) != tc.body || (err != nil) != tc.fails {
+				t.Errorf("%s, %s: got %q, %v", tc.name, name, body, err)
+			}
+		}
+	}
+	for _, rt := range []http.RoundTripper{srv.Handler, srv.Client().Transport} {
+		srv.Handler.Clear()
+		srv.Handler.Inject(imdsfake.Fault{Gzip: true})
+		resp, err := rt.RoundTrip(newRequest(plain))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body, _ := io.ReadAll(resp.Body); resp.Header.Get("Content-Encoding") != "gzip" || bytes.Contains(body, []byte("access_token")) {
+			t.Errorf("it is not compressed: %s", body)
+		}
+		resp.Body.Close()
+		if _, err := rt.RoundTrip(&http.Request{Method: "GET"}); err == nil {
+			t.Error("a request without a URL has an answer")
+		}
 	}
 }

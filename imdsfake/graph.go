@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -61,6 +62,9 @@ func (h *Handler) graph(c *call) answer {
 		return graphError(c, p)
 	}
 	rest := strings.TrimPrefix(c.URL.Path, graphPath)
+	if p := checkOptions(c.URL.RawQuery); p != nil {
+		return graphError(c, p)
+	}
 	if rest == "" && c.Method == http.MethodGet {
 		return h.listPrincipals(c)
 	}
@@ -85,6 +89,21 @@ func (h *Handler) graph(c *call) answer {
 	}
 	return graphError(c, &problem{status: 400, code: "BadRequest",
 		text: "Resource not found for the segment '" + collection + "'."})
+}
+
+// checkOptions returns what is wrong with the options of a query (OData). $select
+// and $top are taken, and make no difference.
+func checkOptions(query string) *problem {
+	options, err := url.ParseQuery(query)
+	for name := range options {
+		if name != "$filter" && name != "$select" && name != "$top" {
+			err = errors.New(name)
+		}
+	}
+	if err != nil {
+		return &problem{status: 400, code: "BadRequest", text: "The query is not understood: " + err.Error()}
+	}
+	return nil
 }
 
 // checkGraph returns what is wrong with the token of a request.

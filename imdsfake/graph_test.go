@@ -153,6 +153,8 @@ func TestGraphRefuses(t *testing.T) {
 		{"not a token", "GET", "servicePrincipals", "", with("Bearer x"), 401, "InvalidAuthenticationToken", "Invalid JWT access token."},
 		{"for somebody else", "GET", "servicePrincipals", "", with("Bearer " + other["access_token"]), 401, "InvalidAuthenticationToken", "Invalid audience"},
 		{"a filter that is not understood", "GET", "servicePrincipals?$filter=startswith(displayName,'a')", "", nil, 400, "Request_UnsupportedQuery", "startswith"},
+		{"an option that is not known", "GET", "servicePrincipals?$fliter=x", "", nil, 400, "BadRequest", "$fliter"},
+		{"a query that is none", "GET", "servicePrincipals?$filter=displayName eq 'a;b'", "", nil, 400, "BadRequest", "semicolon"},
 		{"not an ID", "GET", "servicePrincipals/me", "", nil, 400, "Request_BadRequest", "Invalid object identifier 'me'"},
 		{"nobody's ID", "GET", "servicePrincipals/" + nobody, "", nil, 404, "Request_ResourceNotFound", nobody},
 		{"nobody's application ID", "GET", "servicePrincipals(appId='" + nobody + "')", "", nil, 404, "Request_ResourceNotFound", nobody},

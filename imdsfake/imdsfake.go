@@ -33,7 +33,9 @@
 package imdsfake
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptrace"
@@ -90,7 +92,7 @@ type Handler struct {
 	wrong  error  // set by once, like tenant and secret
 	tenant tenant // its assignments are guarded by mu
 	secret string
-	drawn  sync.Map // faults, by the tickets of requests on their way to a Server
+	drawns sync.Map // *draw, by the tickets of requests on their way to a Server
 
 	mu      sync.Mutex // guards what follows
 	faults  []*scripted
@@ -111,6 +113,7 @@ type call struct {
 	protocol *protocol // nil if it is not for a token
 	query    parameters
 	selector string // the parameter that selects an identity, if any
+	again    bool   // it has been seen before: net/http has sent it once more
 	proof    string // how the client proved who it is: the appidacr claim
 	entry    Request
 }
@@ -126,7 +129,14 @@ type answer struct {
 // ServeHTTP implements [http.Handler].
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c := h.newCall(r)
-	h.answer(c, h.draw(c)).write(w, r)
+	leave, ok := h.enter(c)
+	if !ok {
+		h.putBack(c)
+		h.limited(c).write(w, r)
+		return
+	}
+	defer leave()
+	h.answer(c, h.drawn(c)).write(w, r)
 }
 
 // RoundTrip implements [http.RoundTripper]. It answers in memory, and does what
@@ -135,9 +145,19 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (h *Handler) RoundTrip(r *http.Request) (*http.Response, error) {
 	if r.Body != nil {
 		defer r.Body.Close()
+		stop := context.AfterFunc(r.Context(), func() { r.Body.Close() }) // or a read of it might not end
+		defer stop()
+	}
+	if err := sendable(r); err != nil {
+		return nil, err
 	}
 	c := h.newCall(r)
-	f := h.draw(c)
+	leave, ok := h.enter(c)
+	if !ok {
+		return h.limited(c).response(r), nil
+	}
+	defer leave()
+	f, _ := h.draw(c)
 	if f.Failure == Refuse {
 		return nil, h.refuse(c, f)
 	}
@@ -151,6 +171,23 @@ func (h *Handler) RoundTrip(r *http.Request) (*http.Response, error) {
 	if a.spoil.Failure == Reset {
 		return nil, errReset
 	}
+	return a.response(r), nil
+}
+
+// sendable returns why a transport would not send a request.
+func sendable(r *http.Request) error {
+	if r.URL == nil {
+		return errors.New("imdsfake: the request has no URL")
+	}
+	return r.Context().Err()
+}
+
+// response is the answer as a transport has it.
+func (a answer) response(r *http.Request) *http.Response {
+	body := io.NopCloser(a.reader(r.Context()))
+	if r.Method == http.MethodHead || a.status == http.StatusNoContent || a.status == http.StatusNotModified {
+		body = http.NoBody
+	}
 	return &http.Response{
 		Status:        strconv.Itoa(a.status) + " " + http.StatusText(a.status),
 		StatusCode:    a.status,
@@ -158,10 +195,10 @@ func (h *Handler) RoundTrip(r *http.Request) (*http.Response, error) {
 		ProtoMajor:    1,
 		ProtoMinor:    1,
 		Header:        a.header,
-		Body:          io.NopCloser(a.reader(r.Context())),
+		Body:          body,
 		ContentLength: int64(len(a.body)),
 		Request:       r,
-	}, nil
+	}
 }
 
 // newCall finds out what a request is about.
@@ -195,15 +232,8 @@ func (h *Handler) newCall(r *http.Request) *call {
 // answer decides what a request gets, after it has waited as long as a fault has
 // it wait, and writes it down.
 func (h *Handler) answer(c *call, f Fault) answer {
-	leave, ok := h.enter(c)
-	if !ok {
-		a := refusal(c, statusProblem(http.StatusTooManyRequests))
-		h.record(c.entry)
-		return a
-	}
-	defer leave()
 	if f.Failure == Hang {
-		h.record(c.failed(f))
+		h.journalize(c, c.failed(f))
 		<-c.Context().Done()
 		return answer{spoil: f}
 	}
@@ -216,13 +246,20 @@ func (h *Handler) answer(c *call, f Fault) answer {
 	}
 	switch {
 	case a.spoil.Failure != "":
-		h.record(c.failed(a.spoil))
+		h.journalize(c, c.failed(a.spoil))
 	case f.garbles() && !ok:
 		c.entry.Reason += ", garbled by a fault"
 		fallthrough
 	default:
-		h.record(c.entry)
+		h.journalize(c, c.entry)
 	}
+	return a
+}
+
+// limited is the answer to a request that is one too many.
+func (h *Handler) limited(c *call) answer {
+	a := refusal(c, statusProblem(http.StatusTooManyRequests))
+	h.journalize(c, c.entry)
 	return a
 }
 
@@ -233,7 +270,7 @@ func (h *Handler) route(c *call) answer {
 		return h.token(c)
 	case strings.HasPrefix(path, "/metadata/"):
 		return h.metadata(c)
-	case strings.HasPrefix(path, graphPath):
+	case path == graphPath, strings.HasPrefix(path, graphPath+"/"), strings.HasPrefix(path, graphPath+"("):
 		return h.graph(c)
 	}
 	return h.published(c)

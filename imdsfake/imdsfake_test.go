@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -296,6 +297,11 @@ func TestCheck(t *testing.T) {
 		`identities[1]: objectId: X is that of "a"`: {Identities: two(imdsfake.Identity{Name: "a", ObjectID: "x"}, imdsfake.Identity{Name: "b", ObjectID: "X"})},
 		`apps[0]: uri: it is empty`:                 {Apps: []imdsfake.App{{}}},
 		`apps[1]: uri: api://a/ is that of another`: {Apps: []imdsfake.App{{URI: "api://a"}, {URI: "api://a/"}}},
+		`apps[1]: clientId: C is that of api://a`:   {Apps: []imdsfake.App{{URI: "api://a", ClientID: "c"}, {URI: "api://b", ClientID: "C"}}},
+		`apps[1]: objectId: O is that of api://a`:   {Apps: []imdsfake.App{{URI: "api://a", ObjectID: "o"}, {URI: "api://b", ObjectID: "O"}}},
+		`identities[1]: resourceId: /X is that of`:  {Identities: two(imdsfake.Identity{Name: "a", ResourceID: "/x"}, imdsfake.Identity{Name: "b", ResourceID: "/X"})},
+		`apps[0]: roles[1]: id I is that of`:        {Apps: roles(imdsfake.AppRole{ID: "i", Value: "a", AllowedMemberTypes: []string{"User"}}, imdsfake.AppRole{ID: "I", Value: "b", AllowedMemberTypes: []string{"User"}})},
+		`servicePrincipals[0]: clientId: C is that`: {Identities: []imdsfake.Identity{{ClientID: "c"}}, ServicePrincipals: []imdsfake.ServicePrincipal{{Name: "w", ClientID: "C"}}},
 		`apps[0]: tokenVersion: 3 is neither`:       {Apps: []imdsfake.App{{URI: "api://a", TokenVersion: 3}}},
 		`apps[0]: lifetime: 1ns is less than`:       {Apps: []imdsfake.App{{URI: "api://a", Lifetime: 1}}},
 		`apps[0]: roles[0]: value is empty`:         {Apps: roles(imdsfake.AppRole{})},
@@ -390,6 +396,21 @@ func TestRotateKey(t *testing.T) {
 	_, a := get(t, stranger, plain)
 	if kid(a["access_token"]) != kid(tokens[0]) {
 		t.Error("another Handler has another key")
+	}
+}
+
+// Rotations at the same time lose no key: of the two that are published, both sign
+// or have signed.
+func TestRotateKeyAtOnce(t *testing.T) {
+	fake := newTenant(t)
+	_, a := get(t, fake, plain)
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(fake.RotateKey)
+	}
+	wg.Wait()
+	if err := tryVerify(t, fake, fake.Issuer(), a["access_token"], resource); err == nil {
+		t.Error("the key before the last one is published")
 	}
 }
 

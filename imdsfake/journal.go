@@ -28,7 +28,14 @@ const journalSize = 100_000
 // journal holds the last requests, and tells those who wait for more.
 type journal struct {
 	requests []Request
-	arrived  chan struct{} // closed with the next one; nil if nobody waits
+	waiting  map[chan struct{}]bool // each closed with the next one
+}
+
+// journalize writes down what a request gets, once.
+func (h *Handler) journalize(c *call, r Request) {
+	if !c.again {
+		h.record(r)
+	}
 }
 
 func (h *Handler) record(r Request) {
@@ -39,10 +46,10 @@ func (h *Handler) record(r Request) {
 		j.requests = slices.Clone(j.requests[journalSize:])
 	}
 	j.requests = append(j.requests, r)
-	if j.arrived != nil {
-		close(j.arrived)
-		j.arrived = nil
+	for arrived := range j.waiting {
+		close(arrived)
 	}
+	clear(j.waiting)
 }
 
 // Requests returns the journal, oldest first: the last 100,000 requests. An entry
@@ -58,29 +65,44 @@ func (j *journal) last() []Request {
 }
 
 // WaitFor waits until the journal has n requests for which match is true, and
-// returns them. If match is nil, all count. If ctx is done first, it returns
-// those that there are, and the context's error.
+// returns them; n is at most the 100,000 that it keeps. If match is nil, all count.
+// If ctx is done first, it returns those that there are, and the context's error.
 func (h *Handler) WaitFor(ctx context.Context, n int, match func(Request) bool) ([]Request, error) {
 	for {
-		h.mu.Lock()
-		found := h.journal.last()
-		if h.journal.arrived == nil {
-			h.journal.arrived = make(chan struct{})
-		}
-		arrived := h.journal.arrived
-		h.mu.Unlock()
-		if match != nil {
-			found = slices.DeleteFunc(found, func(r Request) bool { return !match(r) })
-		}
-		if len(found) >= n {
+		found, arrived := h.await(n, match)
+		if arrived == nil {
 			return found, nil
 		}
 		select {
 		case <-arrived:
 		case <-ctx.Done():
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			delete(h.journal.waiting, arrived)
 			return found, ctx.Err()
 		}
 	}
+}
+
+// await returns the requests that match and, if they are fewer than n, what tells
+// of the next one. Each waiter has a channel of its own, since one may be in a
+// testing/synctest bubble, and another not.
+func (h *Handler) await(n int, match func(Request) bool) (found []Request, arrived chan struct{}) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	found = h.journal.last()
+	if match != nil {
+		found = slices.DeleteFunc(found, func(r Request) bool { return !match(r) })
+	}
+	if len(found) >= n {
+		return found, nil
+	}
+	if h.journal.waiting == nil {
+		h.journal.waiting = map[chan struct{}]bool{}
+	}
+	arrived = make(chan struct{})
+	h.journal.waiting[arrived] = true
+	return found, arrived
 }
 
 // A Token is one that was issued, but for what makes it one: its signature.

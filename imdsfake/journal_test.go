@@ -80,6 +80,54 @@ func TestWaitFor(t *testing.T) {
 	})
 }
 
+// Waiting in a bubble leaves nothing behind for those who are not in it.
+func TestWaitForInABubble(t *testing.T) {
+	fake := newTenant(t)
+	synctest.Test(t, func(t *testing.T) {
+		get(t, fake, plain)
+		if _, err := fake.WaitFor(t.Context(), 1, nil); err != nil {
+			t.Error(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := fake.WaitFor(ctx, 2, nil); err == nil {
+			t.Error("there is a second request")
+		}
+	})
+	get(t, fake, plain)
+}
+
+// Who has left before anything is sent is in no journal, and uses up no fault; who
+// leaves later is in it as that.
+func TestWhoLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fake := newTenant(t)
+		fake.Inject(imdsfake.Fault{Status: 503, Times: 1, Latency: time.Minute})
+		gone, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := fake.RoundTrip(newRequest(plain).WithContext(gone)); !errors.Is(err, context.Canceled) || len(fake.Requests()) != 0 || len(fake.Faults()) != 1 {
+			t.Errorf("got %v; the journal has %v", err, fake.Requests())
+		}
+		leaving, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := fake.RoundTrip(newRequest(plain).WithContext(leaving)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		if got := fake.Requests(); len(got) != 1 || got[0].Reason != "the client left" || got[0].Error != "" || got[0].Status != 0 {
+			t.Errorf("the journal has %+v", got)
+		}
+		body, w := io.Pipe()
+		defer w.Close()
+		stuck, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		req := newRequestTo("POST", fake.Env(imdsfake.CloudShell, "http://x")["MSI_ENDPOINT"]).WithContext(stuck)
+		req.Body = body
+		if _, err := fake.RoundTrip(req); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a body that does not end: %v", err)
+		}
+	})
+}
+
 // A request that hangs is in the journal while it does.
 func TestWaitForOneThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -25,7 +25,9 @@ import (
 
 // Entra is any place with a way to Microsoft Entra, for programs that have a
 // secret, a certificate or a federated token. Its [Handler.Env] are those that
-// azidentity and others read.
+// azidentity and others read. They must trust [Handler.Certificate], and be told not
+// to ask Microsoft whether it is one of Entra's: azidentity's
+// DisableInstanceDiscovery. With [Server.Client] neither is needed.
 const Entra Host = "Entra"
 
 // A ServicePrincipal is a program that gets its tokens from Entra itself, by one
@@ -49,7 +51,8 @@ type ServicePrincipal struct {
 
 	// Subject is the sub claim of the federated token that it presents, if it
 	// does: "system:serviceaccount:namespace:name", for a workload identity of
-	// AKS. The signature of that token is not checked.
+	// AKS. That token must be for api://AzureADTokenExchange, and not expired; its
+	// signature is not checked.
 	Subject string `json:"subject,omitempty"`
 }
 
@@ -111,6 +114,9 @@ func authenticateClient(h *Handler, c *call) (Identity, *problem) {
 	return sp.identity(), nil
 }
 
+// federatedAudience is what Entra expects a federated token to be for.
+const federatedAudience = "api://AzureADTokenExchange"
+
 // checkAssertion returns what is wrong with the assertion of a request: its own
 // one, or a federated token.
 func (sp ServicePrincipal) checkAssertion(c *call, h *Handler) error {
@@ -121,7 +127,7 @@ func (sp ServicePrincipal) checkAssertion(c *call, h *Handler) error {
 		return errors.New("it is no JSON Web Token")
 	}
 	if subject, _ := claims.GetSubject(); sp.Subject != "" && subject == sp.Subject {
-		return nil
+		return jwt.NewValidator(jwt.WithExpirationRequired(), jwt.WithAudience(federatedAudience)).Validate(claims)
 	}
 	if sp.Certificate == nil {
 		return errors.New("the application has no certificate, and the subject is not that of a federated credential")
@@ -167,11 +173,23 @@ func (t *tenant) addClient(sp ServicePrincipal) error {
 	}
 	for _, id := range t.principals() {
 		if id.is(sp.Name) || id.is(sp.ClientID) || id.is(sp.ObjectID) {
-			return fmt.Errorf("%q is that of another one, too", sp.Name)
+			return fmt.Errorf("%s is that of %q, too", sp.shared(id), id.Name)
 		}
 	}
 	t.clients = append(t.clients, sp)
 	return nil
+}
+
+// shared is the key, and its value, that a service principal has in common with
+// another one.
+func (sp ServicePrincipal) shared(id Identity) string {
+	switch {
+	case id.is(sp.Name):
+		return "name: " + sp.Name
+	case id.is(sp.ClientID):
+		return "clientId: " + sp.ClientID
+	}
+	return "objectId: " + sp.ObjectID
 }
 
 // principals returns all to whom app roles can be assigned.

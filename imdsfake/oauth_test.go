@@ -70,7 +70,8 @@ func federatedToken(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	token, err := jwt.NewWithClaims(jwt.SigningMethodES256, jwt.MapClaims{"sub": "system:serviceaccount:default:worker"}).SignedString(key)
+	token, err := jwt.NewWithClaims(jwt.SigningMethodES256, jwt.MapClaims{"sub": "system:serviceaccount:default:worker",
+		"aud": "api://AzureADTokenExchange", "exp": 4_000_000_000}).SignedString(key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -174,6 +175,10 @@ func TestTokenEndpointRefuses(t *testing.T) {
 	assertion := func(text string) url.Values {
 		return form("client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-bearer", "client_assertion", text)
 	}
+	federated := func(claims jwt.MapClaims) url.Values {
+		claims["sub"] = "system:serviceaccount:default:worker"
+		return assertion(sign(claims, nil))
+	}
 	twice := form()
 	twice.Add("scope", "x")
 	for _, tc := range []struct {
@@ -199,6 +204,9 @@ func TestTokenEndpointRefuses(t *testing.T) {
 		{"another key", "", assertion(sign(good(), map[string]any{"x5t": "x"})), 401, "invalid_client", "thumbprint"},
 		{"another audience", "", assertion(sign(with("aud", "https://example.com"), thumbprint)), 401, "invalid_client", "audience"},
 		{"another issuer", "", assertion(sign(with("iss", "x"), thumbprint)), 401, "invalid_client", "issuer"},
+		{"a federated token", "", federated(jwt.MapClaims{"aud": "api://AzureADTokenExchange", "exp": 4_000_000_000}), 200, "", ""},
+		{"a federated token for others", "", federated(jwt.MapClaims{"aud": "x", "exp": 4_000_000_000}), 401, "invalid_client", "audience"},
+		{"an old federated token", "", federated(jwt.MapClaims{"aud": "api://AzureADTokenExchange", "exp": 1}), 401, "invalid_client", "expired"},
 		{"expired", "", assertion(sign(with("exp", 1), thumbprint)), 401, "invalid_client", "expired"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

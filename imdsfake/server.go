@@ -67,7 +67,8 @@ func (s *Server) transport(addr string) *http.Transport {
 		return new(net.Dialer).DialContext(ctx, "tcp", addr)
 	}
 	return &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, addr) },
+		DisableCompression: true, // or net/http would undo a fault
+		DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, addr) },
 		DialTLSContext: func(ctx context.Context, _, name string) (net.Conn, error) {
 			conn, err := dial(ctx, s.secure())
 			if err != nil {
@@ -123,16 +124,22 @@ func (t *clientTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := sendable(r); err != nil {
+		return nil, err
+	}
 	r = r.Clone(r.Context())
+	if r.Header == nil {
+		r.Header = http.Header{}
+	}
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	c := t.handler.newCall(r)
-	f := t.handler.draw(c)
+	f, from := t.handler.draw(c)
 	if f.Failure == Refuse {
 		return nil, t.handler.refuse(c, f)
 	}
 	ticket := unique()
-	t.handler.drawn.Store(ticket, f)
-	defer t.handler.drawn.Delete(ticket) // should the request not arrive
+	t.handler.drawns.Store(ticket, &draw{fault: f, from: from})
+	defer t.handler.drawns.Delete(ticket) // once the request has been answered, or lost
 	r.Header.Set(ticketHeader, ticket)
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	if len(body) == 0 {
@@ -146,6 +153,8 @@ func readBody(r *http.Request) ([]byte, error) {
 		return nil, nil
 	}
 	defer r.Body.Close()
+	stop := context.AfterFunc(r.Context(), func() { r.Body.Close() }) // or the read might not end
+	defer stop()
 	return io.ReadAll(r.Body)
 }
 

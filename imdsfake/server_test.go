@@ -87,7 +87,7 @@ func TestTLS(t *testing.T) {
 func TestResetOverTLS(t *testing.T) {
 	srv := imdsfake.NewServer(nil)
 	defer srv.Close()
-	srv.Handler.Inject(imdsfake.Fault{Failure: imdsfake.Reset}, imdsfake.Fault{Failure: imdsfake.ResetBody})
+	srv.Handler.Inject(imdsfake.Fault{Failure: imdsfake.Reset, Times: 1}, imdsfake.Fault{Failure: imdsfake.ResetBody})
 	tr := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}
 	for range 2 {
 		if resp, err := tr.RoundTrip(newRequestTo("GET", srv.TLSURL()+"/metadata/identity/oauth2/token?"+plain)); err == nil {

@@ -22,7 +22,7 @@ import (
 
 // refuse is the dial that fails.
 func (h *Handler) refuse(c *call, f Fault) error {
-	h.record(c.failed(f))
+	h.journalize(c, c.failed(f))
 	if err := sleep(c.Context(), f.latency()); err != nil {
 		return err
 	}
@@ -43,6 +43,9 @@ func (a address) String() string { return string(a) }
 func (c *call) failed(f Fault) Request {
 	entry := c.entry
 	entry.Error, entry.Reason = string(f.Failure), "a fault: "+string(f.Failure)
+	if f.Failure == left {
+		entry.Error, entry.Reason = "", "the client left"
+	}
 	if f.Failure != Truncate && f.Failure != ResetBody {
 		entry.Status = 0
 	}
@@ -53,7 +56,7 @@ func (c *call) failed(f Fault) Request {
 // its own.
 func (f Fault) befall(c *call) (answer, bool) {
 	if sleep(c.Context(), f.latency()) != nil {
-		f.Failure = Hang // the client has left
+		f.Failure = left
 		return answer{spoil: f}, true
 	}
 	switch {
@@ -161,13 +164,14 @@ func (f Fault) end(body []byte) int {
 	case f.After == 0:
 		return len(body) / 2
 	}
-	return min(f.After, len(body))
+	return max(0, min(f.After, len(body)-1)) // it does break off
 }
 
 // write sends the answer over a connection, with what the fault does to it.
 func (a answer) write(w http.ResponseWriter, r *http.Request) {
 	f := a.spoil
-	if f.Failure == Refuse || f.Failure == Reset || f.Failure == Hang {
+	switch f.Failure {
+	case Refuse, Reset, Hang, left:
 		reset(w)
 		return
 	}

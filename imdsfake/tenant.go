@@ -112,6 +112,8 @@ func (r AppRole) check(others []AppRole) error {
 		return fmt.Errorf("value %q has a space in it", r.Value)
 	case slices.ContainsFunc(others, func(o AppRole) bool { return o.Value == r.Value }):
 		return fmt.Errorf("value %q is that of another role, too", r.Value)
+	case r.ID != "" && slices.ContainsFunc(others, func(o AppRole) bool { return strings.EqualFold(o.ID, r.ID) }):
+		return fmt.Errorf("id %s is that of another role, too", r.ID)
 	case len(r.AllowedMemberTypes) == 0:
 		return errors.New("allowedMemberTypes is empty")
 	}
@@ -146,7 +148,9 @@ func (h *Handler) Directory() Directory {
 		d.ServicePrincipals = append(d.ServicePrincipals, sp)
 	}
 	for _, a := range h.tenant.apps {
-		d.Apps = append(d.Apps, *a)
+		app := *a
+		app.Roles = slices.Clone(a.Roles)
+		d.Apps = append(d.Apps, app)
 	}
 	for _, a := range h.tenant.assignments {
 		d.Assignments = append(d.Assignments, Assignment{a.identity.Name, a.app.URI, a.role.Value})

@@ -211,14 +211,15 @@ func (h *Handler) issue(c *call, id Identity, app *App) issuedToken {
 	}
 	c.entry.Reason = "a new token"
 	if cache == AgedFirst && before.value == "" {
-		now = now.Add(-h.lifetimeFor(c, app) * 23 / 24)
+		now = now.Add(-h.lifetimeFor(c, app) / 24 * 23)
 		c.entry.Reason = "an aged token"
 	}
 	tok, claims := h.sign(c, id, app, roles, now) // a millisecond, for which nobody else waits
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if cache.shares() && *slot != before {
-		return *slot // that of a request at the same time
+		c.entry.Reason = "the token of a request at the same time"
+		return *slot
 	}
 	*slot = tok
 	h.tokens = append(h.tokens, Token{c.entry.Resource, id.ClientID, tok.issued, tok.expiry, claims})
@@ -233,7 +234,7 @@ func (h *Handler) lifetimeFor(c *call, app *App) time.Duration {
 	if c.protocol == entra {
 		usual = time.Hour
 	}
-	return cmp.Or(app.Lifetime, h.Lifetime, usual)
+	return cmp.Or(app.Lifetime, h.Lifetime, usual).Truncate(time.Second)
 }
 
 // refused is the parameter by which clients of some hosts name a token that a

@@ -49,7 +49,7 @@ async function check(name, client, clientId) {
 // host puts this process in the place of another host.
 async function host(name) {
 	const text = await (await fetch(`${endpoint}/imdsfake/env?host=${name}`)).text();
-	for (const [, key, value] of text.matchAll(/^export (\w+)=(.*)$/gm)) process.env[key] = value;
+	for (const [, key, value] of text.matchAll(/^export (\w+)='(.*)'$/gm)) process.env[key] = value;
 }
 
 await check("@azure/identity", identity);

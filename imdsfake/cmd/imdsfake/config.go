@@ -156,7 +156,12 @@ func (c *config) handler() *imdsfake.Handler {
 }
 
 // decode decodes YAML, in which unknown keys are errors.
-func decode(data []byte, v any) error {
+func decode(data []byte, v any) (err error) {
+	defer func() {
+		if recover() != nil { // of the decoder, on tags where it does not expect them
+			err = errors.New(" the YAML cannot be understood: are there tags or anchors in it?")
+		}
+	}()
 	file, err := parser.ParseBytes(data, 0)
 	if err == nil {
 		if len(file.Docs) > 1 {
@@ -179,9 +184,24 @@ func decode(data []byte, v any) error {
 
 func placed(t *token.Token, text string) error {
 	if t == nil || t.Position == nil {
-		return errors.New(" " + text)
+		return errors.New(" " + oneLine(text))
 	}
-	return fmt.Errorf("%d:%d: %s", t.Position.Line, t.Position.Column, text)
+	return fmt.Errorf("%d:%d: %s", t.Position.Line, t.Position.Column, oneLine(text))
+}
+
+// oneLine is a text on one line: it may hold a piece of the file.
+func oneLine(text string) string { return strings.Join(strings.Fields(text), " ") }
+
+// bodyOf returns what a text has in it; nil if that is nothing, or not YAML.
+func bodyOf(data []byte) ast.Node {
+	file, err := parser.ParseBytes(data, 0)
+	if err != nil || len(file.Docs) == 0 || file.Docs[0].Body == nil {
+		if err != nil && len(bytes.TrimSpace(data)) > 0 {
+			return ast.Null(nil) // decode says what is wrong
+		}
+		return nil
+	}
+	return file.Docs[0].Body
 }
 
 // durations are the keys of values with a unit of time.
@@ -207,12 +227,18 @@ func (w *durationWalk) Visit(n ast.Node) ast.Visitor {
 		return w
 	}
 	key := pair.Key.GetToken().Value
-	if key == "fields" {
+	if key == "fields" || key == "header" {
 		return nil // whose keys are anybody's
+	}
+	switch pair.Value.(type) {
+	case *ast.StringNode, *ast.IntegerNode, *ast.FloatNode:
+	default:
+		return w // an anchor, say: the decoder sees to it
 	}
 	if slices.Contains(durations, key) {
 		t := pair.Value.GetToken()
-		if _, err := time.ParseDuration(t.Value); err != nil {
+		_, isText := pair.Value.(*ast.StringNode)
+		if _, err := time.ParseDuration(t.Value); err != nil || !isText {
 			w.err = placed(t, fmt.Sprintf("%s: %q is no duration, such as 30s or 12h", key, t.Value))
 		}
 	}

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -13,6 +16,7 @@ import (
 	"time"
 
 	"github.com/aztoso/mitoken/imdsfake"
+	"github.com/goccy/go-yaml/ast"
 )
 
 // bodyLimit is how many bytes of a request to the controls are read.
@@ -29,16 +33,21 @@ const bodyLimit = 1 << 20
 //	POST   /imdsfake/assignments  assigns app roles: one or a list
 //	POST   /imdsfake/keys         signs with a new key from then on
 //	GET    /imdsfake/env?host=... the variables of a host, for a shell to eval
+//	GET    /imdsfake/certificate  that of https, in PEM
 //
-// Pages of other origins cannot use them.
-func newControls(h *imdsfake.Handler) http.Handler {
-	c := controls{h}
+// Pages of other origins cannot use them. secure is the base URL for https, or empty.
+func newControls(h *imdsfake.Handler, secure string) http.Handler {
+	c := controls{h, secure}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /imdsfake/directory", func(w http.ResponseWriter, r *http.Request) { reply(w, h.Directory()) })
 	mux.HandleFunc("GET /imdsfake/tokens", func(w http.ResponseWriter, r *http.Request) { reply(w, list(h.Tokens())) })
 	mux.HandleFunc("GET /imdsfake/faults", func(w http.ResponseWriter, r *http.Request) { reply(w, list(h.Faults())) })
 	mux.HandleFunc("GET /imdsfake/requests", c.requests)
 	mux.HandleFunc("GET /imdsfake/env", c.env)
+	mux.HandleFunc("GET /imdsfake/certificate", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/x-pem-file")
+		_ = pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: h.Certificate().Certificate[0]})
+	})
 	mux.HandleFunc("POST /imdsfake/faults", c.inject)
 	mux.HandleFunc("DELETE /imdsfake/faults", func(w http.ResponseWriter, r *http.Request) {
 		h.Clear()
@@ -52,7 +61,10 @@ func newControls(h *imdsfake.Handler) http.Handler {
 	return http.NewCrossOriginProtection().Handler(mux)
 }
 
-type controls struct{ *imdsfake.Handler }
+type controls struct {
+	*imdsfake.Handler
+	secure string
+}
 
 // list has nothing as [], not as null.
 func list[E any](s []E) []E {
@@ -67,7 +79,9 @@ func reply(w http.ResponseWriter, v any) {
 	var plain any
 	body, err := json.Marshal(v)
 	if err == nil {
-		err = json.Unmarshal(body, &plain)
+		d := json.NewDecoder(bytes.NewReader(body))
+		d.UseNumber() // which keeps all digits
+		err = d.Decode(&plain)
 	}
 	if err == nil {
 		spell(plain)
@@ -90,10 +104,13 @@ func spell(v any) {
 		}
 	case map[string]any:
 		for name, e := range v {
-			if n, ok := e.(float64); ok && slices.Contains(durations, name) {
-				v[name] = time.Duration(n).String()
+			if n, ok := e.(json.Number); ok && slices.Contains(durations, name) {
+				d, _ := n.Int64() // as all durations are
+				v[name] = time.Duration(d).String()
 			}
-			spell(e)
+			if name != "fields" && name != "claims" { // whose keys are anybody's
+				spell(e)
+			}
 		}
 	}
 }
@@ -171,14 +188,17 @@ func (c controls) tryAssign(assignments []imdsfake.Assignment) error {
 
 // readList reads one thing, or a list of them.
 func readList[E any](r *http.Request) ([]E, error) {
-	data, err := io.ReadAll(io.LimitReader(r.Body, bodyLimit))
+	data, err := io.ReadAll(http.MaxBytesReader(nil, r.Body, bodyLimit))
 	if err != nil {
 		return nil, err
 	}
 	var many []E
-	if text := strings.TrimSpace(string(data)); strings.HasPrefix(text, "[") || strings.HasPrefix(text, "- ") {
+	switch body := bodyOf(data); {
+	case body == nil:
+		return nil, errors.New("the body is empty")
+	case body.Type() == ast.SequenceType:
 		err = decode(data, &many)
-	} else {
+	default:
 		many = make([]E, 1)
 		err = decode(data, &many[0])
 	}
@@ -209,13 +229,18 @@ func (c controls) env(w http.ResponseWriter, r *http.Request) {
 		if h.name != name {
 			continue
 		}
-		scheme := "http://"
-		if r.TLS != nil {
-			scheme = "https://"
+		base := "http://" + r.Host
+		if h.host == imdsfake.ServiceFabric || h.host == imdsfake.Entra {
+			base = c.secure
+		}
+		if base == "" {
+			refuse(w, http.StatusBadRequest, fmt.Errorf("host: %s is over https only: see -tls", h.host))
+			return
 		}
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		for _, line := range variables(c.Handler, h.host, scheme+r.Host) {
-			fmt.Fprintln(w, "export "+line)
+		for _, line := range variables(c.Handler, h.host, base) {
+			name, value, _ := strings.Cut(line, "=")
+			fmt.Fprintf(w, "export %s='%s'\n", name, strings.ReplaceAll(value, "'", `'\''`))
 		}
 		return
 	}

@@ -75,8 +75,12 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 
 // serve serves on all listeners until ctx is done. Requests that hang end then.
 func serve(ctx context.Context, fake *imdsfake.Handler, listeners []net.Listener) error {
+	secure := ""
+	if len(listeners) > 1 {
+		secure = baseURL("https", listeners[1])
+	}
 	server := &http.Server{
-		Handler:           newHandler(fake),
+		Handler:           newHandler(fake, secure),
 		ReadHeaderTimeout: 10 * time.Second,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
@@ -97,8 +101,8 @@ func serve(ctx context.Context, fake *imdsfake.Handler, listeners []net.Listener
 }
 
 // newHandler returns the fake with its page and its controls.
-func newHandler(fake *imdsfake.Handler) http.Handler {
-	page, controls := newPage(fake), newControls(fake)
+func newHandler(fake *imdsfake.Handler, secure string) http.Handler {
+	page, controls := newPage(fake), newControls(fake, secure)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.URL.Path == "/":
@@ -222,6 +226,9 @@ func describe(out io.Writer, fake *imdsfake.Handler, listeners []net.Listener) {
 			}
 			fmt.Fprintf(out, "  %-15s %s\n", name, line)
 		}
+	}
+	if len(listeners) > 1 {
+		fmt.Fprintf(out, "\nThe certificate of https is at %s/imdsfake/certificate.\n", base)
 	}
 	fmt.Fprintf(out, "\ncurl -s -H Metadata:true '%s/metadata/identity/oauth2/token"+
 		"?api-version=2018-02-01&resource=%s'\n", base, url.QueryEscape(d.Apps[0].URI))

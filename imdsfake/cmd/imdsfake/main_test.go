@@ -242,10 +242,15 @@ func TestMistakesInFiles(t *testing.T) {
 		{"apps:\n- uri: api://a\nassignments:\n- {identity: x, resource: api://a}", `4:14: assignments[0]: identity: there is no identity "x"`},
 		{"servicePrincipals:\n- certificate: nowhere.pem", `2:16: servicePrincipals[0]: certificate: open`},
 		{"servicePrincipals:\n- certificate: bad.json", `2:16: servicePrincipals[0]: certificate: the file has no certificate`},
-		{"servicePrincipals:\n- name: host\nidentities:\n- name: host", `2:7: servicePrincipals[0]: "host" is that of another`},
+		{"servicePrincipals:\n- name: host\nidentities:\n- name: host", `2:9: servicePrincipals[0]: name: host is that of "host", too`},
 		{"faults:\n- status: 99", `2:11: faults[0]: status: 99`},
 		{"faults:\n- {failure: explode}", `2:13: faults[0]: failure: "explode"`},
 		{"faults:\n- {for: soon}", `2:9: for: "soon" is no duration`},
+		{"faults: !0 000", ` the YAML cannot be understood`},
+		{"apps:\n- uri: \"a\\nb\"\n- uri: \"a\\nb\"", `3:8: apps[1]: uri: a b is that of another app`},
+		{"apps:\n- uri: api://a\n  clientId: c\n- uri: api://b\n  clientId: c", `5:13: apps[1]: clientId: c is that of api://a, too`},
+		{"apps:\n- uri: api://a\n  clientId: 00000003-0000-0000-c000-000000000000\nfaults: [{}]", `4:10: faults[0]: it has no effect`},
+		{"lifetime: 0", `1:11: lifetime: "0" is no duration`},
 		{"tenant: [", `1:9: `},
 		{"tenant: a\ntenant: b", `2:1: mapping key "tenant" already defined`},
 		{"- a", `1:1: `},
@@ -259,7 +264,8 @@ func TestMistakesInFiles(t *testing.T) {
 			}
 		})
 	}
-	for _, good := range []string{"", "# nothing\n", "faults:\n- {fields: {for: ever, lifetime: 1}}"} {
+	for _, good := range []string{"", "# nothing\n", "lifetime: &l 1h", "lifetime: !!str 1h", "faults:\n- {status: 503, header: {for: x}}",
+		"faults:\n- {fields: {for: ever, lifetime: 1}, times: 1}"} {
 		if _, err := parseConfig([]byte(good), dir); err != nil {
 			t.Errorf("%q: %v", good, err)
 		}
@@ -303,6 +309,9 @@ func FuzzParseConfig(f *testing.F) {
 	f.Add(text)
 	f.Add([]byte(`{"faults": [{"for": "1m"}]}`))
 	f.Add([]byte("faults: &a\n- *a"))
+	f.Add([]byte("faults: !0 000"))
+	f.Add([]byte("apps: !list\n  uri: api://a"))
+	f.Add([]byte("identities: !a\n0 *a"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c, err := parseConfig(data, "testdata")
 		if err != nil {

@@ -90,6 +90,7 @@ func newPage(fake *imdsfake.Handler) http.Handler {
 
 func (p page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var wrong error
+	status := http.StatusOK
 	switch r.Method {
 	case http.MethodGet, http.MethodHead:
 	case http.MethodPost:
@@ -97,7 +98,7 @@ func (p page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "/", http.StatusSeeOther)
 			return
 		}
-		w.WriteHeader(http.StatusBadRequest)
+		status = http.StatusBadRequest
 	default:
 		w.Header().Set("Allow", "GET, HEAD, POST")
 		http.Error(w, "Only GET and POST", http.StatusMethodNotAllowed)
@@ -115,6 +116,7 @@ func (p page) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "+
 		"connect-src 'self'; form-action 'self'; img-src data:; base-uri 'none'; frame-ancestors 'none'")
+	w.WriteHeader(status)
 	_, _ = w.Write(b.Bytes()) // a client that has left wants nothing
 }
 
@@ -188,7 +190,7 @@ func (m mood) isOn(script []imdsfake.Fault) bool {
 
 func show(t imdsfake.Token, name string, now time.Time) shownToken {
 	s := shownToken{Token: t, Name: name, Left: max(0, t.Expiry.Sub(now))}
-	s.Part = int(100 * s.Left / t.Expiry.Sub(t.Issued))
+	s.Part = int(100 * s.Left.Seconds() / t.Expiry.Sub(t.Issued).Seconds())
 	for name, value := range t.Claims {
 		s.Claims = append(s.Claims, shownClaim{name, value})
 	}
@@ -202,7 +204,8 @@ func words(f imdsfake.Fault) string {
 	if err != nil {
 		return err.Error()
 	}
-	return strings.Trim(strings.TrimSpace(string(text)), "{}")
+	line := strings.TrimSpace(string(text))
+	return strings.TrimSuffix(strings.TrimPrefix(line, "{"), "}")
 }
 
 // claim is the value of a claim, with times in words.

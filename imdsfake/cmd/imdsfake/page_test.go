@@ -1,6 +1,7 @@
 package main
 
 import (
+	"net/http"
 	"net/url"
 	"regexp"
 	"strings"
@@ -60,6 +61,14 @@ func TestPage(t *testing.T) {
 		t.Errorf("a fault of one's own: %d", got)
 	}
 	for fault, want := range map[string]string{"stats: 1": "unknown field", "status: 1": "is not between"} {
+		resp, err := http.PostForm(p.base, url.Values{"do": {"inject"}, "fault": {fault}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.Header.Get("Content-Security-Policy") == "" || resp.Header.Get("Content-Type") != "text/html; charset=utf-8" {
+			t.Errorf("the header is %v", resp.Header)
+		}
 		if status, text := press(url.Values{"do": {"inject"}, "fault": {fault}}); status != 400 || !strings.Contains(text, want) {
 			t.Errorf("%s: got %d %s", fault, status, text)
 		}
