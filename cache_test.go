@@ -1178,3 +1178,21 @@ func TestCachedCallsDoNotAllocate(t *testing.T) {
 		}
 	}
 }
+
+// A source that nobody uses costs no goroutine: what wakes it is a timer.
+func TestNoGoroutineAtRest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		before := runtime.NumGoroutine()
+		for range 100 {
+			cred := &Credential{Upstream: &upstream{}}
+			defer cred.Close()
+			if _, err := cred.TokenSource("r").Token(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		if after := runtime.NumGoroutine(); after != before {
+			t.Errorf("%d goroutines for 100 sources", after-before)
+		}
+	})
+}
