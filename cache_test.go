@@ -1191,7 +1191,7 @@ func TestNoGoroutineAtRest(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		if after := runtime.NumGoroutine(); after != before {
+		if after := runtime.NumGoroutine(); after > before { // some of other tests may have ended
 			t.Errorf("%d goroutines for 100 sources", after-before)
 		}
 	})
