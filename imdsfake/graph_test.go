@@ -138,6 +138,8 @@ func TestGraphRefuses(t *testing.T) {
 	}
 	const nobody = "00000000-0000-4000-8000-00000000dead"
 	_, other := get(t, fake, plain)
+	abroad := &imdsfake.Handler{Tenant: "22222222-2222-4333-8444-555555555555"} // which signs with the same key
+	_, foreign := get(t, abroad, "api-version=2018-02-01&resource="+url.QueryEscape(graph))
 	with := func(value string) func(*http.Request) {
 		return func(r *http.Request) { r.Header.Set("Authorization", value) }
 	}
@@ -152,6 +154,7 @@ func TestGraphRefuses(t *testing.T) {
 		{"no token", "GET", "servicePrincipals", "", with("Basic x"), 401, "InvalidAuthenticationToken", "Access token is empty."},
 		{"not a token", "GET", "servicePrincipals", "", with("Bearer x"), 401, "InvalidAuthenticationToken", "Invalid JWT access token."},
 		{"for somebody else", "GET", "servicePrincipals", "", with("Bearer " + other["access_token"]), 401, "InvalidAuthenticationToken", "Invalid audience"},
+		{"of another tenant", "GET", "servicePrincipals", "", with("Bearer " + foreign["access_token"]), 401, "InvalidAuthenticationToken", "Invalid JWT access token."},
 		{"a filter that is not understood", "GET", "servicePrincipals?$filter=startswith(displayName,'a')", "", nil, 400, "Request_UnsupportedQuery", "startswith"},
 		{"an option that is not known", "GET", "servicePrincipals?$fliter=x", "", nil, 400, "BadRequest", "$fliter"},
 		{"a query that is none", "GET", "servicePrincipals?$filter=displayName eq 'a;b'", "", nil, 400, "BadRequest", "semicolon"},
